@@ -1,0 +1,26 @@
+"""Luthier: every published way to fine-tune a language model, each a small pure function.
+
+Importing the package starts nothing: no device, no TensorFlow, no network.
+"""
+
+from importlib import import_module
+
+__version__ = "0.1.0.dev0"
+
+_PUBLIC = {
+    "train": "luthier.training.run",
+    "load": "luthier.weights",
+    "bind": "luthier.tuners",
+    "LuthierError": "luthier.errors",
+    "spec": "luthier.config",
+    "recipe": "luthier.config",
+    "stage": "luthier.config",
+}
+
+__all__ = [*_PUBLIC, "__version__"]
+
+
+def __getattr__(name: str):
+    if name in _PUBLIC:
+        return getattr(import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'luthier' has no attribute {name!r}")
