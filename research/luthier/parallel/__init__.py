@@ -1,0 +1,6 @@
+"""Meshes, sharding rules and the start of several processes."""
+
+from luthier.parallel.mesh import AXES, make_mesh
+from luthier.parallel.sharding import BATCH_AXES, RULES, Sharder, make_sharder
+
+__all__ = ["AXES", "BATCH_AXES", "RULES", "Sharder", "make_mesh", "make_sharder"]

@@ -1,0 +1,146 @@
+"""Rotary positions, who may see whom, and the attention product by backend name."""
+
+import functools
+import math
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from luthier.errors import LuthierError
+from luthier.models.config import Rope
+
+BACKENDS = ("auto", "xla", "cudnn", "splash")
+
+
+def inverse_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
+    """Angular frequencies `[head_dim / 2]` in radians a token, scaled as `rope.kind` says.
+
+    Llama 3.1 scaling: wavelengths above `original_length / low_freq_factor` are stretched by
+    `factor`, those below `original_length / high_freq_factor` kept, the rest interpolated.
+    """
+    frequencies = 1.0 / rope.theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    if rope.kind == "linear":
+        return frequencies / rope.factor
+    if rope.kind == "llama3":
+        wavelength = 2 * math.pi / frequencies
+        low, high = rope.low_freq_factor, rope.high_freq_factor
+        smooth = np.clip((rope.original_length / wavelength - low) / (high - low), 0, 1)
+        return smooth * frequencies + (1 - smooth) * frequencies / rope.factor
+    return frequencies
+
+
+def rotation(rope: Rope, head_dim: int, positions: Int[Array, "B T"], dtype) -> tuple[jax.Array, jax.Array]:
+    """cos and sin `[B, T, 1, head_dim / 2]` of position × frequency."""
+    angles = positions[..., None].astype(dtype) * inverse_frequencies(rope, head_dim).astype(dtype)
+    return jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
+
+
+def rotate(x: Float[Array, "B T N D"], cos: jax.Array, sin: jax.Array) -> Float[Array, "B T N D"]:
+    """Rotates the pairs (x_i, x_{i + D/2}), Hugging Face's half-split layout."""
+    first, second = jnp.split(x.astype(cos.dtype), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+@flax.struct.dataclass
+class Mask:
+    """Who may attend to whom: same segment, not later, within the window; prefixes see all of themselves.
+
+    Attributes:
+      full, local: bool `[B, 1, T, S]` for global and sliding-window layers (None if there are none).
+      query_segments, key_segments: int32 `[B, T]`, `[B, S]`, for backends that mask by themselves.
+      plain: no prefix and no cache, so that causality and segments say everything.
+    """
+
+    full: Bool[Array, "B 1 T S"]
+    local: Bool[Array, "B 1 T S"] | None
+    query_segments: Int[Array, "B T"]
+    key_segments: Int[Array, "B S"]
+    window: int | None = flax.struct.field(pytree_node=False, default=None)
+    plain: bool = flax.struct.field(pytree_node=False, default=False)
+
+    def dense(self, is_local: Bool[Array, ""]) -> Bool[Array, "B 1 T S"]:
+        """The mask of this layer."""
+        return self.full if self.local is None else jnp.where(is_local, self.local, self.full)
+
+
+def make_mask(query: dict, key: dict, window: int | None, *, plain: bool) -> Mask:
+    """Builds both masks from positions and segment ids of queries and keys.
+
+    Args:
+      query, key: `positions` and `segment_ids`, `[B, T]` and `[B, S]`; `key` may hold
+        `prefix_mask`, tokens that every token of a prefix of the same segment may see.
+      window: number of tokens, its own included, that a local layer sees; None for no local layer.
+    """
+    later = key["positions"][:, None, :] > query["positions"][:, :, None]
+    if "prefix_mask" in key:
+        later &= ~(query["prefix_mask"][:, :, None] & key["prefix_mask"][:, None, :])
+    same = query["segment_ids"][:, :, None] == key["segment_ids"][:, None, :]
+    full = same & (key["segment_ids"] > 0)[:, None, :] & ~later
+    local = None
+    if window is not None:
+        near = query["positions"][:, :, None] - key["positions"][:, None, :] < window
+        local = (full & near)[:, None]
+    return Mask(full[:, None], local, query["segment_ids"], key["segment_ids"], window, plain)
+
+
+def attend(
+    backend: str,
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B S K D"],
+    v: Float[Array, "B S K D"],
+    mask: Mask,
+    is_local: Bool[Array, ""],
+    softcap: float | None,
+) -> Float[Array, "B T H D"]:
+    """softmax(softcap(q kᵀ) + mask) v with grouped key/value heads; q comes scaled.
+
+    `auto` takes cuDNN's fused kernel on NVIDIA GPUs in half precision, else XLA's own.
+    """
+    if backend == "auto":
+        half = q.dtype in (jnp.bfloat16, jnp.float16)
+        backend = "cudnn" if half and softcap is None and jax.default_backend() == "gpu" else "xla"
+    if backend == "xla":
+        return _xla(q, k, v, mask.dense(is_local), softcap)
+    if softcap is not None:
+        raise LuthierError(f"attention={backend!r} has no soft cap", where="model.attention", mend="Use 'xla'")
+    if backend == "cudnn":
+        dense = mask.dense(is_local)
+        return jax.nn.dot_product_attention(q, k, v, mask=dense, scale=1.0, implementation="cudnn")
+    if backend == "splash":
+        return _splash(q, k, v, mask)
+    raise LuthierError(f"unknown attention {backend!r}", where="model.attention", mend=f"Known: {', '.join(BACKENDS)}")
+
+
+def _xla(q, k, v, mask, softcap):
+    batch, length, heads, dim = q.shape
+    groups = heads // k.shape[2]
+    accumulate = jnp.promote_types(q.dtype, jnp.float32)
+    q = q.reshape(batch, length, k.shape[2], groups, dim)
+    logits = jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=accumulate)
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
+    logits = jnp.where(mask[:, :, None], logits, jnp.finfo(accumulate).min)
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    return jnp.einsum("bkgts,bskd->btkgd", weights, v).reshape(batch, length, heads, dim)
+
+
+def _splash(q, k, v, mask: Mask):
+    """JAX's splash attention for TPU; causal within segments, all layers global."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    if not mask.plain or mask.local is not None:
+        raise LuthierError(
+            "attention='splash' serves plain causal training only", where="model.attention", mend="Use 'xla'"
+        )
+    heads, length = q.shape[2], q.shape[1]
+    causal = masks.MultiHeadMask([masks.CausalMask((length, length))] * heads)
+    kernel = splash.make_splash_mha(causal, head_shards=1, q_seq_shards=1)
+    k, v = (jnp.repeat(x, heads // k.shape[2], axis=2) for x in (k, v))
+    one = functools.partial(jax.vmap, in_axes=(0, 0, 0, 0))
+    segments = splash.SegmentIds(mask.query_segments, mask.key_segments)
+    out = one(lambda q, k, v, s: kernel(q, k, v, segment_ids=s))(*(x.swapaxes(1, 2) for x in (q, k, v)), segments)
+    return out.swapaxes(1, 2)
