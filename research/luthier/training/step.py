@@ -1,0 +1,129 @@
+"""The one train step: every objective, tuner and optimiser goes through it."""
+
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from luthier.errors import LuthierError
+from luthier.objectives import Objective
+from luthier.parallel import Sharder
+from luthier.training.state import TrainState, Variables
+from luthier.tuners import Bound
+
+Batch = Mapping[str, jax.Array]
+Metrics = dict[str, jax.Array]
+Step = Callable[[TrainState, Variables, Batch], tuple[TrainState, Metrics]]
+
+
+def make_step(
+    bound: Bound,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    *,
+    micro_batches: int = 1,
+    clip_norm: float = 0.0,
+    ema: float = 0.0,
+    seed: int = 0,
+) -> Step:
+    """`(state, frozen, batch) -> (state, metrics)`, to be jitted with the state donated.
+
+    The gradient is that of `sum(loss) / count(batch)`, whatever the number of micro-batches. An
+    update that is not finite, or of a batch without targets, changes nothing but `step`; the metric
+    `is_finite` tells the first.
+
+    Args:
+      micro_batches: the batch is run in so many equal parts, one after another.
+      clip_norm: largest global norm of the gradient; 0 switches clipping off.
+      ema: decay of the moving average; 0 if the state has none.
+      seed: random numbers are keyed by (seed, step, global token id).
+    """
+    gradients = make_gradients(bound, objective, micro_batches=micro_batches, seed=seed)
+
+    def step(state: TrainState, frozen: Variables, batch: Batch) -> tuple[TrainState, Metrics]:
+        loss, grads, metrics = gradients(state.trainable, frozen, batch, state.step)
+        norm = optax.global_norm(grads)
+        if clip_norm:
+            grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-30)), grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+        is_finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        acts = is_finite & (objective.count(batch) > 0)
+        keep = lambda new, old: jnp.where(acts, new, old)  # noqa: E731
+        trainable = jax.tree.map(lambda p, u: keep(p + u.astype(p.dtype), p), state.trainable, updates)
+        average = state.ema
+        if ema:
+            average = jax.tree.map(lambda a, p: keep(ema * a + (1 - ema) * p, a), state.ema, trainable)
+        new = TrainState(state.step + 1, trainable, jax.tree.map(keep, opt_state, state.opt_state), average)
+        metrics |= {
+            "loss": loss,
+            "grad_norm": norm,
+            "update_norm": jnp.where(acts, optax.global_norm(updates), 0),
+            "num_tokens": jnp.sum(batch["segment_ids"] > 0),
+            "is_finite": is_finite,
+        }
+        return new, metrics
+
+    return step
+
+
+def make_gradients(bound: Bound, objective: Objective, *, micro_batches: int = 1, seed: int = 0) -> Callable:
+    """`(trainable, frozen, batch, step) -> (loss, gradients, metrics)`, exact under accumulation."""
+
+    def gradients(trainable: Variables, frozen: Variables, batch: Batch, step: jax.Array):
+        batch = {**batch, "token_ids": _token_ids(batch["tokens"])}
+        count = jnp.maximum(objective.count(batch), 1)
+        rng = jax.random.fold_in(jax.random.key(seed), step)
+
+        def loss(trainable, part):
+            total, sums = objective.sums(bound, {**frozen, **trainable}, part, rng)
+            return total / count, sums
+
+        run = jax.value_and_grad(loss, has_aux=True)
+        if micro_batches == 1:
+            (value, sums), grads = run(trainable, batch)
+        else:
+            parts = {name: _cut(x, micro_batches) for name, x in batch.items()}
+            shapes = jax.eval_shape(run, trainable, {name: x[0] for name, x in parts.items()})
+            start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+            add = lambda total, part: (jax.tree.map(jnp.add, total, run(trainable, part)), None)  # noqa: E731
+            ((value, sums), grads), _ = jax.lax.scan(add, start, parts)
+        return value, grads, {name: total / jnp.maximum(n, 1) for name, (total, n) in sums.items()}
+
+    return gradients
+
+
+def jit_step(step: Step) -> Step:
+    """The step compiled with the state donated: it returns in the buffers it came in."""
+    return jax.jit(step, donate_argnums=0)
+
+
+def make_eval_step(bound: Bound, objective: Objective, *, seed: int = 0) -> Callable:
+    """`(variables, batch) -> {metric: (sum, count)}` without dropout or update."""
+
+    def evaluate(variables: Variables, batch: Batch):
+        batch = {**batch, "token_ids": _token_ids(batch["tokens"])}
+        total, sums = objective.sums(bound, variables, batch, jax.random.key(seed))
+        return {**sums, "loss": (total, objective.count(batch))}
+
+    return evaluate
+
+
+def check_batch(batch_size: int, micro_batches: int, sharder: Sharder) -> None:
+    """Raises a LuthierError unless rows divide evenly over micro-batches and devices."""
+    ways = 1 if sharder.mesh is None else sharder.mesh.shape["data"] * sharder.mesh.shape["fsdp"]
+    if batch_size % (micro_batches * ways):
+        raise LuthierError(
+            f"{batch_size} rows do not divide into {micro_batches} micro-batches over {ways} data-parallel devices",
+            where="stage.batch_size",
+            mend=f"Use a multiple of {micro_batches * ways}",
+        )
+
+
+def _token_ids(tokens: jax.Array) -> jax.Array:
+    return jnp.arange(tokens.size, dtype=jnp.int32).reshape(tokens.shape)
+
+
+def _cut(x: jax.Array, parts: int) -> jax.Array:
+    """[B, …] -> [parts, B / parts, …]; strided, so that each part stays spread over the devices."""
+    return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
