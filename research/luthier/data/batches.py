@@ -1,0 +1,364 @@
+"""Sources → packed rows: `Batches.rows(step, start, stop)` is a pure function of its arguments.
+
+Everything is decided by integers: which examples an epoch takes (the index map of the mixture),
+which of them share a row (the pack plan), which row a step reads. So any process can make any
+rows of any step, and the state of a run is the step.
+"""
+
+import collections
+import dataclasses
+import datetime
+import functools
+import hashlib
+import itertools
+import json
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jinja2
+import numpy as np
+import tokenizers
+from ml_collections import ConfigDict
+
+from luthier.config import thaw
+from luthier.data import cache, packing, tokenize
+from luthier.data.chat import ChatTemplate
+from luthier.data.records import Format
+from luthier.data.sources import Source, open_source
+from luthier.errors import LuthierError, near
+
+_LOG = logging.getLogger("luthier")
+TRUNCATIONS = ("error", "drop", "keep_start", "keep_end")
+_CHUNK = 512
+# What `strftime_now` tells a template while data are tokenised: the same on every day.
+_FIXED_TIME = datetime.datetime(2024, 7, 26)
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One source of the mixture, tokenised, and the stretch of each example that is used.
+
+    Attributes:
+      starts, lengths: of the examples that are kept, in the flat arrays of `tokens`.
+      rate: share of the examples of an epoch, relative to the other parts.
+      counts: what became of the records.
+    """
+
+    name: str
+    tokens: cache.TokenCache
+    starts: np.ndarray
+    lengths: np.ndarray
+    rate: float
+    counts: Mapping[str, int]
+
+
+class Batches:
+    """Packed rows of a mixture, by step.
+
+    An epoch takes as many examples as the parts have together, split exactly by their rates; each
+    part goes through its own examples, shuffled, again and again. With one part an epoch is a pass.
+
+    Attributes:
+      counts: examples, dropped, truncated, tokens, targets and so on, over all parts; and
+        `packing_efficiency`, the share of positions in a row of the first epoch that hold tokens.
+      rows_per_epoch: rows of the first epoch.
+      fingerprint: of everything that decides the rows.
+    """
+
+    def __init__(
+        self, parts: tuple[Part, ...], tokenizer, *, sequence_length: int, batch_size: int, seed: int, packing: str
+    ):
+        self.parts, self.sequence_length, self.batch_size = parts, sequence_length, batch_size
+        self._tokenizer, self._seed, self._packing = tokenizer, seed, packing
+        self._pad = tokenizer.pad_id if tokenizer.pad_id is not None else 0
+        self._lengths = np.concatenate([part.lengths for part in parts])
+        self._starts = np.concatenate([part.starts for part in parts])
+        self._bases = np.concatenate([[0], np.cumsum([len(part.lengths) for part in parts])])
+        self._shares = _shares([part.rate for part in parts], int(self._bases[-1]))
+        self._lock, self._first_rows = threading.Lock(), [0]
+        self._epoch = functools.lru_cache(maxsize=2)(self._planned)
+        self.rows_per_epoch = len(self._plan(0))
+        counts = collections.Counter()
+        for part in parts:
+            counts.update(part.counts)
+        filled = int(self._lengths[self._epoch(0).examples].sum())
+        self.counts = {**counts, "packing_efficiency": filled / (self.rows_per_epoch * sequence_length)}
+        shape = [sequence_length, batch_size, seed, packing]
+        used = [
+            [p.tokens.key, p.rate, hashlib.blake2b(p.starts.tobytes() + p.lengths.tobytes()).hexdigest()] for p in parts
+        ]
+        self.fingerprint = hashlib.blake2b(json.dumps([shape, used]).encode(), digest_size=16).hexdigest()
+
+    def rows(self, step: int, start: int = 0, stop: int | None = None) -> dict[str, np.ndarray]:
+        """Rows `start` to `stop` of the batch of a step.
+
+        Returns:
+          Arrays [stop - start, sequence_length]: `tokens` and `targets` (the token after each)
+          int32; `loss_weights` float32, at the position that predicts the target; `segment_ids`
+          int32, 1, 2, … for the examples of a row and 0 for padding; `positions` int32, from 0 in
+          each example. The last token of an example predicts nothing.
+        """
+        stop = self.batch_size if stop is None else stop
+        if not 0 <= start <= stop <= self.batch_size or step < 0:
+            raise ValueError(f"rows {start}:{stop} of step {step}; a batch has {self.batch_size} rows")
+        members = [self._row(step * self.batch_size + row) for row in range(start, stop)]
+        examples = np.concatenate([*members, np.zeros(0, np.int64)]).astype(np.int64)
+        counts = np.asarray([len(m) for m in members], np.int64)
+        row = np.repeat(np.arange(stop - start), counts)
+        lengths = self._lengths[examples]
+        ends = np.cumsum(lengths)
+        row_starts = np.concatenate([[0], ends])[np.cumsum(counts) - counts]  # tokens before each row
+        within = np.arange(int(lengths.sum())) - np.repeat(ends - lengths, lengths)
+        flat = np.repeat(row * self.sequence_length + ends - lengths - row_starts[row], lengths) + within
+        ids, weights = self._gather(examples, lengths, ends, within)
+        last = within == np.repeat(lengths, lengths) - 1
+        shape = (stop - start, self.sequence_length)
+        segments = np.arange(len(examples)) - np.repeat(np.cumsum(counts) - counts, counts) + 1
+
+        def placed(values, fill, dtype):
+            array = np.full(shape[0] * shape[1], fill, dtype)
+            array[flat] = values
+            return array.reshape(shape)
+
+        return {
+            "tokens": placed(ids, self._pad, np.int32),
+            "targets": placed(np.where(last, self._pad, np.roll(ids, -1)), self._pad, np.int32),
+            "loss_weights": placed(np.where(last, 0.0, np.roll(weights, -1)), 0.0, np.float32),
+            "segment_ids": placed(np.repeat(segments, lengths), 0, np.int32),
+            "positions": placed(within, 0, np.int32),
+        }
+
+    def preview(self, count: int = 2) -> list[list[tuple[str, str, float]]]:
+        """(token text, role, weight) of every token of the first examples, as they are trained on."""
+        result = []
+        for part in self.parts:
+            for start, length in zip(part.starts[:count], part.lengths[:count]):
+                stretch = slice(start, start + length)
+                texts = [self._tokenizer.decode([token]) for token in part.tokens.ids[stretch]]
+                roles = [tokenize.ROLES[role] for role in part.tokens.roles[stretch]]
+                weights = [0.0, *map(float, part.tokens.weights[stretch][1:])]
+                result.append(list(zip(texts, roles, weights)))
+        return result[:count]
+
+    def _gather(self, examples, lengths, ends, within) -> tuple[np.ndarray, np.ndarray]:
+        ids, weights = np.empty(len(within), np.int32), np.empty(len(within), np.float32)
+        source = np.repeat(self._starts[examples], lengths) + within
+        part_of = np.searchsorted(self._bases, examples, side="right") - 1
+        for index in np.unique(part_of):
+            mine = np.repeat(part_of == index, lengths) if len(self.parts) > 1 else slice(None)
+            ids[mine] = self.parts[index].tokens.ids[source[mine]]
+            weights[mine] = self.parts[index].tokens.weights[source[mine]]
+        return ids, weights
+
+    def _row(self, index: int) -> np.ndarray:
+        """The examples of row `index` of the whole run."""
+        with self._lock:
+            while self._first_rows[-1] <= index:
+                self._first_rows.append(self._first_rows[-1] + len(self._plan(len(self._first_rows) - 1)))
+            epoch = int(np.searchsorted(self._first_rows, index, side="right")) - 1
+            return self._plan(epoch)[index - self._first_rows[epoch]]
+
+    def _plan(self, epoch: int) -> packing.Plan:
+        return self._epoch(epoch)
+
+    def _planned(self, epoch: int) -> packing.Plan:
+        chosen = self._examples(epoch)
+        made = packing.plan(
+            self._lengths[chosen],
+            seed=self._seed,
+            epoch=epoch,
+            sequence_length=self.sequence_length,
+            packing=self._packing,
+        )
+        return dataclasses.replace(made, examples=chosen[made.examples])
+
+    def _examples(self, epoch: int) -> np.ndarray:
+        """The index map of the mixture: the examples that an epoch takes of each part."""
+        chosen = []
+        for part, (base, share) in enumerate(zip(self._bases, self._shares)):
+            size = len(self.parts[part].lengths)
+            first = epoch * share
+            passes = range(first // size, -(-(first + share) // size))
+            stream = [packing.permutation(size, self._seed, 2 + part, turn) for turn in passes]
+            skipped = first - passes.start * size
+            chosen.append(base + np.concatenate([*stream, np.zeros(0, np.int64)])[skipped : skipped + share])
+        return np.concatenate(chosen).astype(np.int64)
+
+
+def build(
+    data: ConfigDict | tuple[ConfigDict, ...],
+    *,
+    tokenizer,
+    template: ChatTemplate | str | None = None,
+    sequence_length: int,
+    batch_size: int,
+    seed: int,
+    packing: str = "best_fit",
+    cache_dir: str | os.PathLike | None = None,
+) -> Batches:
+    """Reads, tokenises (or finds tokenised) and plans the data of a stage.
+
+    Args:
+      data: one `luthier.config.data(...)` section, or several for a mixture by `rate`.
+      tokenizer: a `Tokenizer`.
+      template: chat template, or its source; default the tokenizer's own.
+      sequence_length: tokens in a row.
+      batch_size: rows in a batch, over all processes.
+      seed: fixes order and packing.
+      packing: `best_fit` or `none`.
+      cache_dir: folder of the token caches, local or `gs://`.
+    """
+    if template is None:
+        template = tokenizer.chat_template or None
+    source = template.source if isinstance(template, ChatTemplate) else template
+    name = template.name if isinstance(template, ChatTemplate) else "chat template"
+    fixed = ChatTemplate(source, tokenizer.special_tokens, name=name, now=_FIXED_TIME) if source else None
+    sections = data if isinstance(data, (tuple, list)) else (data,)
+    parts = tuple(
+        _part(section, source, rate, tokenizer, fixed, sequence_length, cache_dir)
+        for section in sections
+        for source, rate in _opened(section, tokenizer, cache_dir)
+    )
+    return Batches(parts, tokenizer, sequence_length=sequence_length, batch_size=batch_size, seed=seed, packing=packing)
+
+
+def prefetch(fn: Callable[[int], Any], start_step: int = 0, depth: int = 2) -> Iterator[tuple[int, Any]]:
+    """(step, fn(step)) from `start_step` on, `depth` of them made ahead by threads, in order."""
+    with ThreadPoolExecutor(max(depth, 1), thread_name_prefix="luthier-data") as pool:
+        steps = itertools.count(start_step)
+        ahead = collections.deque((step, pool.submit(fn, step)) for step in itertools.islice(steps, max(depth, 1)))
+        try:
+            while True:
+                step, made = ahead.popleft()
+                result = made.result()
+                following = next(steps)
+                ahead.append((following, pool.submit(fn, following)))
+                yield step, result
+        finally:
+            for _, made in ahead:
+                made.cancel()
+
+
+def preview_table(batches: Batches, count: int = 2):
+    """A `rich` table of the first examples: token, role, weight; trained tokens stand out."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table("example", "token", "role", "weight", title=f"The first {count} examples as they are trained on")
+    for number, example in enumerate(batches.preview(count), 1):
+        for token, role, weight in example:
+            style = "bold green" if weight else "dim"
+            table.add_row(str(number), escape(repr(token)[1:-1]), role, f"{weight:g}", style=style)
+        table.add_section()
+    return table
+
+
+def _opened(section: ConfigDict, tokenizer, cache_dir) -> list[tuple[Source, float]]:
+    """The sources of a section with their rates; several only for a SeqIO mixture."""
+    for key, known in (("truncation", TRUNCATIONS), ("train_on", tokenize.TRAIN_ON)):
+        if section[key] not in known:
+            raise LuthierError(f"unknown value {section[key]!r}", where=f"data.{key}", mend=near(section[key], known))
+    if not section.rate > 0:
+        raise LuthierError(f"rate is {section.rate}, expected a positive number", where="data.rate")
+    local = None if cache_dir and "://" in os.fspath(cache_dir) else cache_dir
+    if not section.source.startswith("seqio:"):
+        return [(open_source(section.source, limit=section.limit, cache_dir=local), section.rate)]
+    from luthier.data import seqio_tasks
+
+    opened = []
+    for task in seqio_tasks.parts(section.source, cache_dir=local):
+        if remark := seqio_tasks.check_vocabulary(task, tokenizer):
+            _LOG.warning("%s", remark)
+        source = open_source(task.path, limit=section.limit)
+        opened.append((source, section.rate * task.rate))
+    return opened
+
+
+def _part(
+    section: ConfigDict, source: Source, rate: float, tokenizer, template, sequence_length: int, cache_dir
+) -> Part:
+    """Tokenises a source, or finds its tokens, and applies the truncation policy."""
+    form = Format(section.format, thaw(section.columns), thaw(section.roles)).told(source[0], source.where(0))
+    key = cache.key_of(
+        source.fingerprint,
+        json.dumps([form.name, dict(form.columns), dict(form.roles), section.train_on], sort_keys=True),
+        tokenizer.fingerprint,
+        json.dumps([tokenizer.bos_id, tokenizer.eos_ids, tokenizer.vocab_size]),
+        template.source + json.dumps(template.special_tokens, sort_keys=True) if template else "",
+        tokenizers.__version__,
+        jinja2.__version__,
+    )
+    produce = functools.partial(_tokenised, source, form, tokenizer, template, section.train_on)
+    tokens = cache.open_or_build(key, produce, root=cache_dir)
+    return _kept(section, source, rate, tokens, sequence_length)
+
+
+def _tokenised(source: Source, form: Format, tokenizer, template, train_on: str) -> Iterator[list[tokenize.Tokens]]:
+    """Tokenised chunks of a source, in order; reading and rendering run ahead of the tokenizer."""
+
+    def chunk(start: int) -> list[tokenize.Tokens]:
+        indices = range(start, min(start + _CHUNK, len(source)))
+        where = [source.where(i) for i in indices]
+        examples = [form.read(source[i], place) for i, place in zip(indices, where)]
+        return tokenize.tokenize(examples, where, tokenizer=tokenizer, template=template, train_on=train_on)
+
+    ahead = prefetch(lambda step: chunk(step * _CHUNK), depth=2)
+    for _, made in itertools.islice(ahead, -(-len(source) // _CHUNK)):
+        yield made
+    ahead.close()
+
+
+def _kept(section: ConfigDict, source: Source, rate: float, tokens: cache.TokenCache, sequence_length: int) -> Part:
+    """Applies the truncation policy, and drops what it leaves without a target."""
+    lengths = np.array(tokens.lengths)
+    starts = np.array(tokens.offsets[:-1])
+    targets = np.array(tokens.targets)
+    over = np.flatnonzero(lengths > sequence_length)
+    keep = np.ones(len(lengths), bool)
+    if section.truncation == "error" and len(over):
+        first = int(over[0])
+        weights = tokens.weights[starts[first] : starts[first] + lengths[first]]
+        raise LuthierError(
+            f"the example has {lengths[first]} tokens ({int(np.argmax(weights > 0))} before the first target), the "
+            f"sequence length is {sequence_length}; {len(over)} of {len(lengths)} examples are too long",
+            where=source.where(first),
+            mend="Raise stage.sequence_length, or set data.truncation to drop, keep_start or keep_end",
+        )
+    if section.truncation == "drop":
+        keep[over] = False
+    else:
+        if section.truncation == "keep_end":
+            starts[over] += lengths[over] - sequence_length
+        lengths[over] = sequence_length
+        for i in over:
+            targets[i] = np.count_nonzero(tokens.weights[starts[i] + 1 : starts[i] + lengths[i]])
+        keep[over[targets[over] == 0]] = False
+    if not keep.any():
+        raise LuthierError(
+            f"truncation={section.truncation!r} leaves no example with a target at sequence length {sequence_length}",
+            where=section.source,
+            mend="Raise stage.sequence_length",
+        )
+    flags = np.asarray(tokens.flags)[keep]
+    counts = {
+        "examples": int(keep.sum()),
+        "dropped": int((~keep).sum()),
+        "truncated": int(keep[over].sum()),
+        "tokens": int(lengths[keep].sum()),
+        "targets": int(targets[keep].sum()),
+        "boundary_warnings": int(np.count_nonzero(flags & tokenize.BOUNDARY)),
+        "without_end": int(np.count_nonzero(flags & tokenize.UNTERMINATED)),
+    }
+    return Part(section.source, tokens, starts[keep], lengths[keep], rate, counts)
+
+
+def _shares(rates: list[float], total: int) -> list[int]:
+    """`total` split in proportion to the rates, to the nearest whole example (largest remainder)."""
+    ideal = np.asarray(rates, np.float64) / sum(rates) * total
+    shares = np.floor(ideal).astype(int)
+    shares[np.argsort(shares - ideal, kind="stable")[: total - shares.sum()]] += 1
+    return [int(share) for share in shares]
