@@ -1,6 +1,5 @@
 """Metrics: each step once and whole, whatever kill or resume; rates from closed forms."""
 
-import builtins
 import glob
 import json
 import os
@@ -64,6 +63,15 @@ def test_resumed_file_is_that_of_an_uninterrupted_run(tmp_path):
     write(tmp_path / "b", range(1, 9))
     write(tmp_path / "b", range(6, 11), resume_step=5)
     assert (tmp_path / "a/metrics.jsonl").read_bytes() == (tmp_path / "b/metrics.jsonl").read_bytes()
+
+
+def test_opening_a_finished_run_changes_nothing(tmp_path):
+    write(tmp_path, [1, 2, 3])
+    with MetricsWriter(tmp_path, resume_step=1) as writer:
+        writer.flush()
+        writer.close()
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3]
 
 
 def test_a_step_is_written_once(tmp_path):
@@ -139,8 +147,7 @@ def test_no_tensorflow():
 
 
 def test_wandb_absent_is_a_clear_error(tmp_path, monkeypatch):
-    real = builtins.__import__
-    monkeypatch.setattr(metrics.importlib, "import_module", lambda name: real("a_module_that_is_not_there"))
+    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(LuthierError, match=r"logging\.wandb: wandb is not installed\. Run pip install"):
         MetricsWriter(tmp_path, wandb="project")
 

@@ -51,7 +51,7 @@ class Checkpoints:
             )
         self.directory = epath.Path(directory)
         self.every = every
-        self._manager = ocp.CheckpointManager(self.directory, options=_options(keep_last, keep_best))
+        self._manager = _Manager(self.directory, options=_options(keep_last, keep_best))
         self._saving: int | None = None
         self._failed = False
         self._broken: list[int] = []
@@ -198,6 +198,12 @@ class Checkpoints:
                 + " and start the same command again; it goes on from "
                 + (f"step {max(left)}" if left else "the start"),
             ) from error
+
+
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+        # Asked by a background thread about an old step, JAX would agree on a stop in the past.
+        return False
 
 
 def _options(keep_last: int, keep_best: str) -> ocp.CheckpointManagerOptions:

@@ -6,6 +6,7 @@ machine; every other key of a killed and resumed run is that of an uninterrupted
 """
 
 import importlib
+import importlib.util
 import json
 import logging
 import math
@@ -34,8 +35,8 @@ FLUSH_SECONDS = 30.0  # An object store takes about one write a second of the sa
 class MetricsWriter:
     """Writes each step once, over kills and resumes; processes other than 0 write nothing.
 
-    On resume the lines after the restored step are cut off, as is a line that a kill left half
-    written; the steps are trained and written again.
+    With the first new line, those after the restored step are cut off, as is one that a kill left
+    half written: their steps are trained and written again. Opening a finished run changes nothing.
 
     Args:
       workdir: where `metrics.jsonl` and `tensorboard/` go; local or `gs://`.
@@ -59,19 +60,15 @@ class MetricsWriter:
         config: Mapping[str, Any] | None = None,
     ):
         self.path = epath.Path(workdir) / "metrics.jsonl"
-        self._active = jax.process_index() == 0
-        self._last_step, self._file, self._board, self._run = resume_step, None, None, None
-        if not self._active:
-            return
-        self._lines = _lines_until(self.path, resume_step)
-        write_atomic(self.path, "".join(self._lines))
-        self._flushed = time.monotonic()
-        if is_local(self.path):
-            self._file = open(self.path, "a", encoding="utf-8")
-        if tensorboard:
-            self._board = _tensorboard(self.path.parent / "tensorboard", resume_step)
-        if wandb:
-            self._run = _wandb(self.path.parent, wandb, config)
+        self._options = (tensorboard, wandb, resume_step, config)
+        self._last_step, self._open = resume_step, False
+        self._file, self._board, self._run = None, None, None
+        if wandb and importlib.util.find_spec("wandb") is None:
+            raise LuthierError(
+                "wandb is not installed",
+                where="logging.wandb",
+                mend="Run pip install 'luthier[wandb]', or leave logging.wandb empty",
+            )
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -89,8 +86,10 @@ class MetricsWriter:
         if step <= self._last_step:
             raise ValueError(f"step {step} comes after step {self._last_step}: each step is written once")
         self._last_step = step
-        if not self._active:
+        if jax.process_index() != 0:
             return
+        if not self._open:
+            self._start()
         record = {"step": int(step)} | {name: _plain(value) for name, value in metrics.items()}
         self._append(json.dumps(record, allow_nan=False) + "\n")
         numbers = {name: float(value) for name, value in metrics.items() if isinstance(_plain(value), (int, float))}
@@ -103,7 +102,7 @@ class MetricsWriter:
 
     def flush(self) -> None:
         """Makes all lines durable; call it before `Checkpoints.save`, so that no resume lacks a line."""
-        if not self._active:
+        if not self._open:
             return
         if self._file:
             self._file.flush()
@@ -116,12 +115,24 @@ class MetricsWriter:
     def close(self) -> None:
         """Flushes and closes every file."""
         self.flush()
-        if self._file:
-            self._file.close()
-        if self._board:
-            self._board.close()
+        for writer in (self._file, self._board):
+            if writer:
+                writer.close()
         if self._run:
             self._run.finish()
+        self._open = False
+
+    def _start(self) -> None:
+        tensorboard, wandb, resume_step, config = self._options
+        self._lines = _lines_until(self.path, resume_step)
+        write_atomic(self.path, "".join(self._lines))
+        self._flushed, self._open = time.monotonic(), True
+        if is_local(self.path):
+            self._file = open(self.path, "a", encoding="utf-8")
+        if tensorboard:
+            self._board = _tensorboard(self.path.parent / "tensorboard", resume_step)
+        if wandb:
+            self._run = _wandb(self.path.parent, wandb, config)
 
     def _append(self, line: str) -> None:
         if self._file is None:
@@ -184,14 +195,7 @@ def _tensorboard(directory: epath.Path, resume_step: int):
 
 
 def _wandb(workdir: epath.Path, project: str, config: Mapping[str, Any] | None):
-    try:
-        wandb = importlib.import_module("wandb")
-    except ImportError as error:
-        raise LuthierError(
-            "wandb is not installed",
-            where="logging.wandb",
-            mend="Run pip install 'luthier[wandb]', or leave logging.wandb empty",
-        ) from error
+    wandb = importlib.import_module("wandb")
     id_file = workdir / "wandb-id.txt"
     if not id_file.exists():
         write_atomic(id_file, secrets.token_hex(4) + "\n")
