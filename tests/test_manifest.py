@@ -14,6 +14,11 @@ from luthier.training.manifest import Manifest, check, differences, start
 FINGERPRINTS = {"model": "aa", "tokenizer": "bb", "data.sft": "cc"}
 
 
+@pytest.fixture(autouse=True)
+def outside_a_checkout(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
 def recipe(overrides=()):
     config = configs.recipe(
         model=configs.model("smollm2-135m"),
@@ -43,6 +48,7 @@ def test_a_new_workdir_gets_the_whole_record(tmp_path):
     assert record["devices"]["platform"] == "cpu" and record["devices"]["count"] >= 1
     assert {"python", "jax", "flax", "optax", "orbax-checkpoint", "luthier"} <= set(record["versions"])
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", record["started"])
+    assert record["git"] is None
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["manifest.json"]
 
 
