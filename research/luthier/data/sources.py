@@ -47,6 +47,10 @@ def open_source(path: str, *, limit: int | None = None, cache_dir: str | os.Path
         from luthier.data import seqio_tasks
 
         source = seqio_tasks.open_source(path, cache_dir=cache_dir)
+    elif path.startswith("tfds:"):
+        from luthier.data import tfds_builders
+
+        source = tfds_builders.open_source(path)
     else:
         files = [_open_file(file, local_copy(file, cache_dir)) for file in _matches(path)]
         source = files[0] if len(files) == 1 else Concatenated(files)
