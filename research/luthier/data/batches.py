@@ -273,7 +273,7 @@ def _opened(section: ConfigDict, tokenizer, cache_dir) -> list[tuple[Source, flo
     for task in seqio_tasks.parts(section.source, cache_dir=local):
         if remark := seqio_tasks.check_vocabulary(task, tokenizer):
             _LOG.warning("%s", remark)
-        source = open_source(task.path, limit=section.limit)
+        source = open_source(task.source, limit=section.limit, cache_dir=local)
         opened.append((source, section.rate * task.rate))
     return opened
 

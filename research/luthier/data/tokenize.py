@@ -101,8 +101,7 @@ def _texts(examples: Sequence[Text], where: Sequence[str], tokenizer, train_on: 
                 "text records have no assistant turns", where=place, mend="Set data.train_on='completion' or 'all'"
             )
         before = _one_bos(before[:-1] if adds_eos else before, tokenizer)
-        ids = _one_bos(ids, tokenizer)
-        ids = ids if ids[-1:] == [tokenizer.eos_id] else [*ids, tokenizer.eos_id]
+        ids = _one_eos(_one_bos(ids, tokenizer), tokenizer)
         array = np.asarray(ids, np.int32)
         start = _common_prefix(np.asarray(before, np.int32), array) if last == "completion" else 0
         roles = np.full(len(array), ROLES.index(last), np.uint8)
@@ -204,6 +203,13 @@ def _one_bos(ids: list[int], tokenizer) -> list[int]:
     while tokenizer.bos_id is not None and len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_id:
         ids = ids[1:]
     return ids
+
+
+def _one_eos(ids: list[int], tokenizer) -> list[int]:
+    """The text ends with EOS, once, whether it spells it out, the tokenizer adds it, both or neither."""
+    while ids[-1:] == [tokenizer.eos_id]:
+        ids = ids[:-1]
+    return [*ids, tokenizer.eos_id]
 
 
 def _common_prefix(first: np.ndarray, second: np.ndarray) -> int:
