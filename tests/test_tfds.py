@@ -5,10 +5,11 @@ import sys
 
 import numpy as np
 import pytest
+from tiny_text import tiny_tokenizer
+
 from luthier import config
 from luthier.data import batches, sources, tfds_builders
 from luthier.errors import LuthierError
-from tiny_text import tiny_tokenizer
 
 tfds = pytest.importorskip("tensorflow_datasets")
 
