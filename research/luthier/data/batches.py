@@ -132,6 +132,18 @@ class Batches:
             "positions": placed(within, 0, np.int32),
         }
 
+    def epoch(self, step: int) -> float:
+        """Epochs done after `step` batches."""
+        epoch, rows = self._place(step * self.batch_size)
+        return epoch + rows / len(self._plan(epoch))
+
+    def tokens_before(self, step: int) -> int:
+        """Tokens, padding not counted, of the batches of all steps before `step`."""
+        epoch, rows = self._place(step * self.batch_size)
+        whole = sum(int(self._lengths[self._plan(past).examples].sum()) for past in range(epoch))
+        plan = self._plan(epoch)
+        return whole + int(self._lengths[plan.examples[: plan.offsets[rows]]].sum())
+
     def preview(self, count: int = 2) -> list[list[tuple[str, str, float]]]:
         """(token text, role, weight) of every token of the first examples, as they are trained on."""
         result = []
@@ -156,11 +168,16 @@ class Batches:
 
     def _row(self, index: int) -> np.ndarray:
         """The examples of row `index` of the whole run."""
+        epoch, row = self._place(index)
+        return self._plan(epoch)[row]
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """(epoch, row of that epoch) of row `index` of the whole run."""
         with self._lock:
             while self._first_rows[-1] <= index:
                 self._first_rows.append(self._first_rows[-1] + len(self._plan(len(self._first_rows) - 1)))
             epoch = int(np.searchsorted(self._first_rows, index, side="right")) - 1
-            return self._plan(epoch)[index - self._first_rows[epoch]]
+            return epoch, index - self._first_rows[epoch]
 
     def _plan(self, epoch: int) -> packing.Plan:
         return self._epoch(epoch)
