@@ -1,0 +1,8 @@
+"""Asking a model: generation and scoring."""
+
+from luthier.decoding.generate import Generation, generate
+from luthier.decoding.policy import Policy, from_source
+from luthier.decoding.sampling import Sampling
+from luthier.decoding.score import Score, score
+
+__all__ = ["Generation", "Policy", "Sampling", "Score", "from_source", "generate", "score"]

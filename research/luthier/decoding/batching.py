@@ -1,0 +1,53 @@
+"""Ragged rows to arrays of few shapes, on one device or many processes."""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
+
+from luthier.parallel import BATCH_AXES
+from luthier.tuners import Bound
+
+
+def bucket(length: int) -> int:
+    """The next length that gets a program of its own: multiples of 32, wasting at most a quarter."""
+    step = max(32, 1 << max(0, length.bit_length() - 3))
+    return -(-length // step) * step
+
+
+def rows_per_batch(bound: Bound, batch_size: int, total: int) -> int:
+    """Rows of every batch: a power of two where there are few, a multiple of the batch shards."""
+    mesh = bound.model.sharder.mesh
+    shards = 1 if mesh is None else int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+    rows = min(batch_size, 1 << (max(total, 1) - 1).bit_length())
+    return -(-rows // shards) * shards
+
+
+def padded(rows: Sequence[Sequence[int]], length: int, left: bool) -> dict[str, np.ndarray]:
+    """`tokens`, `positions` and `segment_ids` `[B, length]`; padding has segment 0."""
+    batch = {name: np.zeros((len(rows), length), np.int32) for name in ("tokens", "positions", "segment_ids")}
+    for i, row in enumerate(rows):
+        span = slice(length - len(row), length) if left else slice(0, len(row))
+        batch["tokens"][i, span] = row
+        batch["positions"][i, span] = np.arange(len(row))
+        batch["segment_ids"][i, span] = 1
+    return batch
+
+
+def to_device(bound: Bound, arrays):
+    """Splits arrays by their first axis over the mesh; every process gives the same arrays."""
+    mesh = bound.model.sharder.mesh
+    if mesh is None or mesh.size == 1:
+        return arrays
+    sharding = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+    place = lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])  # noqa: E731
+    return jax.tree.map(place, arrays)
+
+
+def to_host(tree):
+    """The whole of each array, on every process."""
+    if all(x.is_fully_addressable for x in jax.tree.leaves(tree)):
+        return jax.device_get(tree)
+    return multihost_utils.process_allgather(tree, tiled=True)

@@ -1,0 +1,99 @@
+"""A policy: a model that can be asked."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from luthier.data.chat import ChatTemplate
+from luthier.data.tokenizer import Tokenizer
+from luthier.errors import LuthierError
+from luthier.models import Transformer
+from luthier.tuners import Bound, bind
+
+Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """A model with its weights and the way text goes in and out of it.
+
+    Attributes:
+      bound: the model and its tuners.
+      variables: what `bound` reads: `params` and a collection for each tuner.
+      tokenizer: text to ids and back.
+      template: renders chat messages; None for a model without one.
+    """
+
+    bound: Bound
+    variables: Mapping[str, Any] = dataclasses.field(repr=False)
+    tokenizer: Tokenizer
+    template: ChatTemplate | None = None
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Token ids that end a text."""
+        return tuple(self.tokenizer.eos_ids)
+
+    def encode(self, prompt: Prompt, *, where: object = "prompt") -> list[int]:
+        """Token ids of text, of chat messages up to the header of the answer, or of ids as they are.
+
+        Raises:
+          LuthierError: for an empty prompt, messages without a template, or ids out of range.
+        """
+        if isinstance(prompt, str):
+            tokens = self.text_ids(prompt)
+        elif prompt and isinstance(prompt[0], Mapping):
+            tokens = self.tokenizer.encode(self.chat(where).render(prompt, add_generation_prompt=True))
+        else:
+            tokens = [int(token) for token in prompt]
+        if not tokens:
+            raise LuthierError("the prompt has no tokens", where=where, mend="Give it some text")
+        size = self.bound.model.config.vocab_size
+        if not all(0 <= token < size for token in tokens):
+            raise LuthierError(f"a token id is outside the vocabulary of {size}", where=where)
+        return tokens
+
+    def text_ids(self, text: str) -> list[int]:
+        """Ids of plain text with what the tokenizer puts before it (BOS), open at the end."""
+        tokens = self.tokenizer.encode(text, special=True)
+        plain = self.tokenizer.encode(text)
+        closed = len(tokens) > len(plain) and tokens[-1] in self.eos_ids and tokens[-len(plain) - 1 : -1] == plain
+        return tokens[:-1] if closed else tokens
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of generated tokens, without special ones."""
+        return self.tokenizer.decode(tokens, skip_special=True)
+
+    def chat(self, where: object = "prompt") -> ChatTemplate:
+        """The chat template, which must be there."""
+        if self.template is None:
+            raise LuthierError(
+                "the model has no chat template and the prompt is a list of messages",
+                where=where,
+                mend="Give a template file (model.template) or a text prompt",
+            )
+        return self.template
+
+
+def from_source(
+    source: str, *, compute_dtype: str = "float32", attention: str = "auto", template: str | None = None
+) -> Policy:
+    """The policy of saved weights: whatever `luthier.weights.load` reads.
+
+    Args:
+      source: `smollm2-135m`, a Hugging Face directory, a GGUF file, a workdir or a hub id.
+      compute_dtype: dtype of activations and of the key/value cache.
+      attention: name of an attention backend.
+      template: source of a Jinja chat template that replaces the model's own.
+    """
+    from luthier import weights
+
+    loaded = weights.load(source)
+    model = Transformer(loaded.config, dtype=jnp.dtype(compute_dtype), remat="none", attention=attention)
+    tokenizer = loaded.tokenizer
+    chosen = template if template is not None else tokenizer.chat_template
+    chat = ChatTemplate(chosen, tokenizer.special_tokens) if chosen is not None else None
+    return Policy(bind(model), jax.tree.map(jnp.asarray, {"params": loaded.params}), tokenizer, chat)
