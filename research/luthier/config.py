@@ -198,7 +198,7 @@ def checkpoint(*, every: int = 100, keep_last: int = 2, keep_best: str = "") -> 
     return _locked(locals())
 
 
-def logging(*, every: int = 10, tensorboard: bool = True, wandb: str = "") -> ConfigDict:
+def logging(*, every: int = 1, tensorboard: bool = True, wandb: str = "") -> ConfigDict:
     """How often metrics are written (steps), and where besides `metrics.jsonl`.
 
     Args:

@@ -1,0 +1,323 @@
+"""A run: a recipe from its config to a trained model, which can be killed at any moment."""
+
+import contextlib
+import dataclasses
+import logging
+import tempfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from etils import epath
+from flax.traverse_util import flatten_dict
+from ml_collections import ConfigDict
+
+from luthier import weights
+from luthier.config import resolve
+from luthier.data.batches import Batches, build
+from luthier.data.chat import ChatTemplate
+from luthier.decoding import Generation, Policy, Sampling, generate
+from luthier.errors import LuthierError
+from luthier.evals import EvalResult, evaluate, read_results
+from luthier.models import Transformer
+from luthier.objectives import token_objective
+from luthier.parallel import Sharder, make_mesh, make_sharder, processes
+from luthier.training import manifest as manifests
+from luthier.training.checkpoints import Checkpoints
+from luthier.training.loop import Stage, run_stage
+from luthier.training.metrics import MetricsWriter, Throughput, read_metrics, train_flops_per_token
+from luthier.training.signals import Preemption
+from luthier.training.state import TrainState, abstract_state, init_state, init_variables, split
+from luthier.training.step import check_batch, jit_step, make_step
+from luthier.tuners import Bound, Tuner, bind, merge
+from luthier.tuners.lora import lora
+
+log = logging.getLogger(__name__)
+
+Variables = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+      workdir: what it wrote (docs/architecture.md).
+      config: the resolved config.
+      policy: the trained model.
+      evaluations: results by "WHEN-LABEL", such as "before-chain_sum".
+    """
+
+    workdir: epath.Path
+    config: ConfigDict
+    policy: Policy = dataclasses.field(repr=False)
+    evaluations: Mapping[str, EvalResult] = dataclasses.field(repr=False)
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The records of `metrics.jsonl`."""
+        return read_metrics(self.workdir)
+
+    def generate(self, prompts: Sequence, **sampling: Any) -> list[Generation]:
+        """Answers of the trained model; keywords are those of `Sampling`."""
+        return generate(self.policy, prompts, Sampling(**sampling))
+
+
+def train(config: ConfigDict, workdir: epath.PathLike | None = None) -> Run:
+    """Runs a recipe, or goes on with it where the workdir already holds a part.
+
+    Args:
+      config: from `luthier.config.load` or `recipe`.
+      workdir: where everything is written; a temporary directory if None.
+
+    Raises:
+      LuthierError: for anything wrong in the config, the data, the model or the workdir.
+      Preempted: a signal came; everything is saved and the same call goes on.
+    """
+    processes.start()
+    workdir = epath.Path(workdir if workdir is not None else tempfile.mkdtemp(prefix="luthier-"))
+    setup, params = prepare(config, workdir)
+    variables: Variables = {"params": params}
+    _evaluate(setup, setup.bind(()), variables, "before")
+    with Preemption() as preemption, contextlib.ExitStack() as open_files:
+        writer, first = None, 0
+        for index, stage in enumerate(config.stages):
+            bound = setup.bind(stage.tuners)
+            _check_handed_on(stage, bound, variables)
+            variables = init_variables(bound, setup.sharder, config.seed + index, variables)
+            train_names = _trained(stage, bound.tuners)
+            trainable, frozen = split(variables, train_names)
+            variables = None  # The state is donated: only its newest version may be held.
+            optimizer, schedule = _optimizer(stage)
+            checkpoints = open_files.enter_context(_checkpoints(setup, stage))
+            state, start = _restored(checkpoints, trainable, optimizer, setup.sharder, ema=bool(stage.ema))
+            if start < stage.steps:
+                if writer is None:
+                    writer = open_files.enter_context(_writer(setup, first + start))
+                state = run_stage(
+                    _stage(setup, stage, bound, frozen, optimizer, schedule, setup.batches[index], first),
+                    state,
+                    frozen,
+                    start=start,
+                    checkpoints=checkpoints,
+                    writer=writer,
+                    throughput=_throughput(bound, train_names, stage.sequence_length),
+                    preemption=preemption,
+                    failures=workdir / "failures",
+                )
+            first += stage.steps
+            variables = {**frozen, **(state.ema if stage.ema else state.trainable)}
+            del state, trainable, frozen
+    _save_result(setup, bound, variables)
+    _evaluate(setup, bound, variables, "after")
+    return Run(workdir, config, setup.policy(bound, variables), read_results(workdir))
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What the stages of a run share: everything but the weights."""
+
+    config: ConfigDict
+    workdir: epath.Path
+    about: weights.Description
+    template: ChatTemplate | None
+    sharder: Sharder
+    batches: tuple[Batches, ...]
+
+    def bind(self, tuners: Sequence[ConfigDict]) -> Bound:
+        """The model with the tuners that a stage asks for."""
+        return bind(self.model(), [resolve(chosen, "tuner")() for chosen in tuners])
+
+    def model(self) -> Transformer:
+        chosen = self.config.model
+        return Transformer(
+            self.about.config,
+            dtype=jnp.dtype(chosen.compute_dtype),
+            remat=chosen.remat,
+            attention=chosen.attention,
+            dropout=chosen.dropout,
+            sharder=self.sharder,
+        )
+
+    def policy(self, bound: Bound, variables: Variables) -> Policy:
+        return Policy(bound, variables, self.about.tokenizer, self.template)
+
+
+def prepare(config: ConfigDict, workdir: epath.Path) -> tuple[Setup, Variables]:
+    """Checks everything that can be wrong, cheapest first, and loads the weights last."""
+    about = weights.describe(config.model.source)
+    template = _template(config, about)
+    mesh = make_mesh(**{axis: config.mesh[axis] for axis in ("data", "fsdp", "tensor", "sequence")})
+    sharder = make_sharder(
+        mesh, num_heads=about.config.num_heads, num_kv_heads=about.config.num_kv_heads, rules=config.mesh.rules
+    )
+    for stage in config.stages:
+        check_batch(stage.batch_size, stage.micro_batches, sharder)
+    batches = tuple(_batches(config, stage, index, about, template) for index, stage in enumerate(config.stages))
+    setup = Setup(config, workdir, about, template, sharder, batches)
+    for stage in config.stages:
+        _trained(stage, setup.bind(stage.tuners).tuners)
+    fingerprints = {f"data.{stage.name}": made.fingerprint for stage, made in zip(config.stages, batches)}
+    fingerprints |= {"model": about.fingerprint, "tokenizer": about.tokenizer.fingerprint}
+    record = manifests.Manifest.gather(config, fingerprints=fingerprints, mesh=mesh.shape, note=about.note)
+    manifests.start(workdir, record)
+    return setup, _params(setup)
+
+
+def dry_run(config: ConfigDict, stage: int = 0) -> Batches:
+    """The data of a stage, tokenised and planned, without weights or training."""
+    about = weights.describe(config.model.source)
+    return _batches(config, config.stages[stage], stage, about, _template(config, about))
+
+
+def _template(config: ConfigDict, about: weights.Description) -> ChatTemplate | None:
+    file = config.model.template
+    source = epath.Path(file).read_text() if file else about.tokenizer.chat_template
+    return ChatTemplate(source, about.tokenizer.special_tokens, name=file or "chat template") if source else None
+
+
+def _batches(config: ConfigDict, stage: ConfigDict, index: int, about, template) -> Batches:
+    return build(
+        stage.data,
+        tokenizer=about.tokenizer,
+        template=template,
+        sequence_length=stage.sequence_length,
+        batch_size=stage.batch_size,
+        seed=config.seed + index,
+        packing=stage.packing,
+    )
+
+
+def _params(setup: Setup) -> Variables:
+    """The pretrained weights on the mesh, with the adapters of the source folded in."""
+    boxed = jax.eval_shape(setup.bind(()).init, jax.random.key(0))["params"]
+    shardings = flatten_dict(setup.sharder.tree(boxed), sep="/")
+    loaded = weights.load(setup.config.model.source, place=lambda path, shape: shardings[path])
+    params = loaded.params
+    for adapter in loaded.adapters:
+        params = lora(**adapter.options).merge(params, adapter.variables)
+    return params
+
+
+def _trained(stage: ConfigDict, tuners: Sequence[Tuner]) -> tuple[str, ...]:
+    """The collections a stage trains: as told, else its tuners', else the model's own."""
+    chosen = tuple(stage.train) or tuple(tuner.collection for tuner in tuners) or ("params",)
+    there = {"params", *(tuner.collection for tuner in tuners)}
+    for name in chosen:
+        if name not in there:
+            raise LuthierError(
+                f"no collection {name!r} to train",
+                where=f"stage {stage.name}: train",
+                mend=f"This stage has {', '.join(sorted(there))}",
+            )
+    return chosen
+
+
+def _check_handed_on(stage: ConfigDict, bound: Bound, variables: Variables) -> None:
+    left = variables.keys() - {"params"} - {tuner.collection for tuner in bound.tuners}
+    if left:
+        raise LuthierError(
+            f"the stage before hands on {', '.join(sorted(left))}, which this stage has no tuner for",
+            where=f"stage {stage.name}: tuners",
+            mend="Attach the same tuner here",
+        )
+
+
+def _optimizer(stage: ConfigDict) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    schedule = resolve(stage.schedule, "schedule")(stage.steps)
+    return resolve(stage.optimizer, "optimizer")(schedule), schedule
+
+
+def _checkpoints(setup: Setup, stage: ConfigDict) -> Checkpoints:
+    chosen = setup.config.checkpoint
+    return Checkpoints(
+        setup.workdir / "checkpoints" / stage.name,
+        every=chosen.every,
+        keep_last=chosen.keep_last,
+        keep_best=chosen.keep_best,
+    )
+
+
+def _restored(checkpoints: Checkpoints, trainable, optimizer, sharder, *, ema: bool) -> tuple[TrainState, int]:
+    found = checkpoints.restore(abstract_state(trainable, optimizer, sharder, ema=ema))
+    if found is None:
+        return init_state(trainable, optimizer, sharder, ema=ema), 0
+    log.info("going on after step %d of %s", found[1], checkpoints.directory.name)
+    return found
+
+
+def _writer(setup: Setup, resume_step: int) -> MetricsWriter:
+    chosen = setup.config.logging
+    return MetricsWriter(setup.workdir, tensorboard=chosen.tensorboard, wandb=chosen.wandb, resume_step=resume_step)
+
+
+def _stage(setup: Setup, stage: ConfigDict, bound: Bound, frozen, optimizer, schedule, batches, first: int) -> Stage:
+    dropout = setup.config.model.dropout > 0
+    objective = token_objective(resolve(stage.objective, "objective")(), setup.sharder, dropout=dropout)
+    step = make_step(
+        bound,
+        objective,
+        optimizer,
+        micro_batches=stage.micro_batches,
+        clip_norm=stage.clip_norm,
+        ema=stage.ema,
+        seed=setup.config.seed,
+    )
+
+    def evaluate_now(state: TrainState, number: int) -> dict[str, float]:
+        variables = {**frozen, **(state.ema if stage.ema else state.trainable)}
+        results = _evaluate(setup, bound, variables, f"step-{number}")
+        return {f"eval/{label}": result.value for label, result in results.items()}
+
+    return Stage(
+        name=stage.name,
+        steps=stage.steps,
+        first=first,
+        step=jit_step(step),
+        batches=batches,
+        sharding=setup.sharder.batch(),
+        schedule=schedule,
+        log_every=setup.config.logging.every,
+        evaluate_every=stage.evaluate_every,
+        evaluate=evaluate_now,
+    )
+
+
+def _throughput(bound: Bound, train_names: Sequence[str], length: int) -> Throughput:
+    """Counts the matrices that multiply a token: kernels and low-rank factors, and the tied head once."""
+    config = bound.model.config
+    shapes = flatten_dict(jax.eval_shape(lambda rng: bound.init(rng), jax.random.key(0)))
+    sizes = {path: leaf.value.size for path, leaf in shapes.items() if path[-1] not in ("scale", "bias")}
+    if not config.tie_embeddings:
+        del sizes["params", "embed", "embedding"]
+    return Throughput.of_devices(
+        train_flops_per_token(
+            matmul_params=sum(sizes.values()),
+            trained_matmul_params=sum(size for path, size in sizes.items() if path[0] in train_names),
+            num_layers=config.num_layers,
+            attention_width=config.num_heads * config.head_dim,
+            sequence_length=length,
+        )
+    )
+
+
+def _save_result(setup: Setup, bound: Bound, variables: Variables) -> None:
+    """`final/`: a Hugging Face directory, or an adapter where no stage trained the model itself."""
+    about, place, stages = setup.about, setup.workdir / "final", setup.config.stages
+    full = any("params" in _trained(stage, setup.bind(stage.tuners).tuners) for stage in stages)
+    if full or [chosen.name for chosen in stages[-1].tuners] != ["lora"]:
+        params = merge(bound, variables)
+        weights.export(place, about.config, params, about.tokenizer, generation_config=about.generation_config)
+    else:
+        (chosen,), (tuner,) = stages[-1].tuners, bound.tuners
+        adapter = variables[tuner.collection]
+        weights.write_adapter(place, chosen, adapter, base=setup.config.model.source, tokenizer=about.tokenizer)
+
+
+def _evaluate(setup: Setup, bound: Bound, variables: Variables, when: str) -> dict[str, EvalResult]:
+    specs = setup.config.evaluations
+    if not specs:
+        return {}
+    return evaluate(setup.policy(bound, variables), specs, workdir=setup.workdir, when=when, note=setup.about.note)
