@@ -139,6 +139,17 @@ def test_epochs_differ_and_each_is_complete(tmp_path):
     assert not same(joined[0], joined[1]) and not same(joined[1], joined[2])
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_epochs_and_tokens_before_a_step(tmp_path, parts):
+    sections = tuple(config.data(file_of(tmp_path / f"{n}.jsonl", records(20 + n, seed=n))) for n in range(parts))
+    made, tokens = built(sections, batch_size=2), 0
+    for step in range(30):
+        assert made.tokens_before(step) == built(sections, batch_size=2).tokens_before(step) == tokens
+        tokens += np.count_nonzero(made.rows(step)["segment_ids"])
+        if parts == 1:
+            assert made.epoch(step) == pytest.approx(2 * step / made.rows_per_epoch)
+
+
 def test_threads_may_ask_at_once(tmp_path):
     path = file_of(tmp_path / "a.jsonl", records(60))
     straight = [built(path).rows(step) for step in range(30)]
@@ -340,6 +351,31 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(LuthierError, match="the token cache: the disk is full. Free some space or set LUTHIER_CACHE"):
         built(path)
     assert not left_behind(tmp_path)
+
+
+def test_what_a_killed_process_left_is_cleared(tmp_path, monkeypatch):
+    path = file_of(tmp_path / "a.jsonl", records(20))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(cache.shutil, "rmtree", lambda *args, **kwargs: None)  # kill -9: nothing is tidied up
+        patch.setattr(cache, "_write_meta", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        built(path)
+    assert left_behind(tmp_path) == 1
+    built(path)
+    assert left_behind(tmp_path) == 1 and not list((tmp_path / "cache" / "tokens").glob("*.partial"))
+
+
+def test_notices_say_what_was_done(tmp_path, caplog):
+    rows = [{"prompt": "The answer i", "completion": "s blue"}, {"prompt": "q", "completion": " deep" * 90}]
+    with caplog.at_level(logging.WARNING, "luthier"):
+        built(file_of(tmp_path / "a.jsonl", rows), truncation="keep_start")
+    for part in ("1 of 2 examples were cut to 64 tokens", "1 of 2 examples have a prompt whose tokens change"):
+        assert part in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "luthier"):
+        built(file_of(tmp_path / "a.jsonl", rows), truncation="drop")
+        built(file_of(tmp_path / "b.jsonl", [{"input_ids": [5, 6, 7]}]))
+    for part in ("1 examples dropped: longer than 64", "1 of 1 examples have no end-of-text token among their targets"):
+        assert part in caplog.text
 
 
 def test_processes_that_start_together_build_once(tmp_path, monkeypatch):

@@ -6,10 +6,11 @@ import re
 import chat_cases
 import numpy as np
 import pytest
+from tiny_text import tiny_tokenizer
+
 from luthier.data.records import FORMATS, REFUSED, Format, detect
 from luthier.data.tokenize import BOUNDARY, UNTERMINATED, tokenize
 from luthier.errors import LuthierError
-from tiny_text import tiny_tokenizer
 
 U, A = chat_cases.user, chat_cases.assistant
 

@@ -79,13 +79,13 @@ class Batches:
         self._starts = np.concatenate([part.starts for part in parts])
         self._bases = np.concatenate([[0], np.cumsum([len(part.lengths) for part in parts])])
         self._shares = _shares([part.rate for part in parts], int(self._bases[-1]))
-        self._lock, self._first_rows = threading.Lock(), [0]
-        self._epoch = functools.lru_cache(maxsize=2)(self._planned)
+        self._lock, self._first_rows, self._first_tokens = threading.Lock(), [0], [0]
+        self._plan = functools.lru_cache(maxsize=2)(self._planned)
         self.rows_per_epoch = len(self._plan(0))
         counts = collections.Counter()
         for part in parts:
             counts.update(part.counts)
-        filled = int(self._lengths[self._epoch(0).examples].sum())
+        filled = int(self._lengths[self._plan(0).examples].sum())
         self.counts = {**counts, "packing_efficiency": filled / (self.rows_per_epoch * sequence_length)}
         shape = [sequence_length, batch_size, seed, packing]
         used = [
@@ -140,7 +140,7 @@ class Batches:
     def tokens_before(self, step: int) -> int:
         """Tokens, padding not counted, of the batches of all steps before `step`."""
         epoch, rows = self._place(step * self.batch_size)
-        whole = sum(int(self._lengths[self._plan(past).examples].sum()) for past in range(epoch))
+        whole = epoch * int(self._lengths.sum()) if len(self.parts) == 1 else self._first_tokens[epoch]
         plan = self._plan(epoch)
         return whole + int(self._lengths[plan.examples[: plan.offsets[rows]]].sum())
 
@@ -174,13 +174,14 @@ class Batches:
     def _place(self, index: int) -> tuple[int, int]:
         """(epoch, row of that epoch) of row `index` of the whole run."""
         with self._lock:
+            if len(self.parts) == 1:  # every epoch packs the same lengths, so into as many rows
+                return divmod(index, self.rows_per_epoch)
             while self._first_rows[-1] <= index:
-                self._first_rows.append(self._first_rows[-1] + len(self._plan(len(self._first_rows) - 1)))
+                plan = self._plan(len(self._first_rows) - 1)
+                self._first_tokens.append(self._first_tokens[-1] + int(self._lengths[plan.examples].sum()))
+                self._first_rows.append(self._first_rows[-1] + len(plan))
             epoch = int(np.searchsorted(self._first_rows, index, side="right")) - 1
             return epoch, index - self._first_rows[epoch]
-
-    def _plan(self, epoch: int) -> packing.Plan:
-        return self._epoch(epoch)
 
     def _planned(self, epoch: int) -> packing.Plan:
         chosen = self._examples(epoch)
@@ -370,7 +371,23 @@ def _kept(section: ConfigDict, source: Source, rate: float, tokens: cache.TokenC
         "boundary_warnings": int(np.count_nonzero(flags & tokenize.BOUNDARY)),
         "without_end": int(np.count_nonzero(flags & tokenize.UNTERMINATED)),
     }
+    _notice(section.source, counts, sequence_length)
     return Part(section.source, tokens, starts[keep], lengths[keep], rate, counts)
+
+
+def _notice(source: str, counts: Mapping[str, int], sequence_length: int) -> None:
+    """Says what a user would want to know of before training."""
+    remarks = {
+        "truncated": f"were cut to {sequence_length} tokens",
+        "boundary_warnings": "have a prompt whose tokens change once the completion follows; the completion is trained "
+        "from where they part (end prompts before a space, not after it)",
+        "without_end": "have no end-of-text token among their targets; the model does not learn to stop from them",
+    }
+    for name, remark in remarks.items():
+        if counts[name]:
+            _LOG.warning("%s: %d of %d examples %s", source, counts[name], counts["examples"], remark)
+    if counts["dropped"]:
+        _LOG.warning("%s: %d examples dropped: longer than %d tokens", source, counts["dropped"], sequence_length)
 
 
 def _shares(rates: list[float], total: int) -> list[int]:

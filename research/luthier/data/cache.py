@@ -94,6 +94,8 @@ def open_or_build(
                 if folder.exists():
                     _LOG.warning("%s: token cache %s; building it again", folder, damage)
                     shutil.rmtree(folder)
+                for killed in folder.parent.glob(f".{key}.*.partial"):
+                    shutil.rmtree(killed)
                 remote = epath.Path(root) / "tokens" / key if "://" in root else None
                 if remote is None or not _download(remote, folder, key):
                     _build(folder, key, produce())
@@ -187,7 +189,7 @@ def _copy(source, target) -> None:
 @contextlib.contextmanager
 def _beside(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     """A folder to fill, which becomes `folder` at once if nothing goes wrong."""
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.{time.monotonic_ns()}")
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.{time.monotonic_ns()}.partial")
     partial.mkdir()
     try:
         yield partial

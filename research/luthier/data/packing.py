@@ -59,7 +59,7 @@ def permutation(count: int, *keys: int) -> Int[np.ndarray, " count"]:
     """A permutation of `count` things that depends on `keys` alone."""
     key = np.zeros(1, np.uint64)
     for part in keys:
-        key = _mixed(key + np.asarray([part % (1 << 64)], np.uint64))
+        key = _mixed(key + np.asarray([int(part) % (1 << 64)], np.uint64))
     return np.argsort(_mixed(np.arange(count, dtype=np.uint64) ^ key), kind="stable")
 
 

@@ -251,6 +251,9 @@ def _chat(before: tuple[dict, ...], after: tuple[dict, ...], fields: Mapping, wh
     kwargs = fields.get("chat_template_kwargs", {})
     if not isinstance(kwargs, Mapping):
         raise LuthierError(f"'chat_template_kwargs' is {_kind(kwargs)}, expected an object", where=where)
+    for key in ("messages", "tools", "add_generation_prompt"):
+        if key in kwargs:
+            raise LuthierError(f"'chat_template_kwargs' may not set {key!r}", where=where)
     return Chat((*before, *after), len(before), tuple(tools) if tools else None, kwargs)
 
 

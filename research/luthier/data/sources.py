@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import pathlib
-import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
@@ -72,23 +71,19 @@ class JsonRecords:
     """
 
     def __init__(self, path: str | os.PathLike, name: str | None = None):
-        self.name = name or os.fspath(path)
-        self._file = os.open(path, os.O_RDONLY)
+        self.name, self._path = name or os.fspath(path), path
         first = next((byte for block in _blocks(path) for byte in block.lstrip(b"\xef\xbb\xbf").lstrip()[:1]), None)
         self._starts, self._ends, self._lines = (_list_spans if first == ord("[") else _line_spans)(path, self.name)
         self.fingerprint = _digest(path)
-
-    def __del__(self):
-        if hasattr(self, "_file"):
-            os.close(self._file)
 
     def __len__(self) -> int:
         return len(self._starts)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         start, end = int(self._starts[index]), int(self._ends[index])
+        file = os.open(self._path, os.O_RDONLY)  # not kept: a glob may match more files than can be open
         try:
-            record = json.loads(os.pread(self._file, end - start, start).decode())
+            record = json.loads(os.pread(file, end - start, start).decode())
         except json.JSONDecodeError as error:
             raise LuthierError(
                 f"broken JSON at column {error.colno}: {error.msg}",
@@ -97,6 +92,8 @@ class JsonRecords:
             ) from None
         except UnicodeDecodeError as error:
             raise LuthierError(f"not UTF-8: {error.reason} at byte {error.start}", where=self.where(index)) from None
+        finally:
+            os.close(file)
         if not isinstance(record, dict):
             raise LuthierError(
                 f"expected an object, got {str(record)[:40]!r}", where=self.where(index), mend='Write {"key": …}'
@@ -108,7 +105,7 @@ class JsonRecords:
 
 
 class ParquetRecords:
-    """Rows of one Parquet file; the last row group that was read stays in memory.
+    """Rows of one Parquet file; the row groups that were read last stay in memory, whatever their files.
 
     Args:
       path: local file.
@@ -119,16 +116,13 @@ class ParquetRecords:
         import pyarrow
         import pyarrow.parquet
 
-        self.name = name or os.fspath(path)
+        self.name, self._path = name or os.fspath(path), os.fspath(path)
         try:
-            self._file = pyarrow.parquet.ParquetFile(path)
+            metadata = pyarrow.parquet.read_metadata(path)
         except pyarrow.ArrowException as error:
             raise LuthierError(f"not a readable Parquet file: {str(error).splitlines()[0]}", where=self.name) from None
-        metadata = self._file.metadata
         rows = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
         self._offsets = np.concatenate([[0], np.cumsum(rows, dtype=np.int64)])
-        self._lock = threading.Lock()
-        self._group = functools.lru_cache(maxsize=2)(self._file.read_row_group)
         self.fingerprint = _digest(path)
 
     def __len__(self) -> int:
@@ -136,12 +130,19 @@ class ParquetRecords:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         group = int(np.searchsorted(self._offsets, index, side="right")) - 1
-        with self._lock:
-            table = self._group(group)
+        table = _row_group(self._path, self.fingerprint, group)
         return _without_none(table.slice(index - int(self._offsets[group]), 1).to_pylist()[0])
 
     def where(self, index: int) -> str:
         return f"{self.name}: row {index + 1}"
+
+
+@functools.lru_cache(maxsize=4)
+def _row_group(path: str, fingerprint: str, group: int):
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(path) as file:
+        return file.read_row_group(group)
 
 
 class Concatenated:
