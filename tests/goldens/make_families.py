@@ -22,75 +22,75 @@ HERE = pathlib.Path(__file__).parent / "families"
 LENGTHS = (24, 17)
 VOCAB = 128
 WINDOW = 7  # shorter than both sequences
-SHAPE = dict(
-    vocab_size=VOCAB,
-    hidden_size=48,
-    intermediate_size=56,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=256,
-    bos_token_id=1,
-    eos_token_id=2,
-    pad_token_id=0,
-)
+SHAPE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "intermediate_size": 56,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
 # With head_dim 12 and theta 10000 the wavelengths are 6, 29, 135, …: one below, one between and
 # the rest above these bounds (original length / 4 and original length / 1).
-LLAMA3 = dict(
-    rope_type="llama3",
-    rope_theta=10000.0,
-    factor=8.0,
-    low_freq_factor=1.0,
-    high_freq_factor=4.0,
-    original_max_position_embeddings=32,
-)
-LINEAR = dict(rope_type="linear", factor=4.0)
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+LINEAR = {"rope_type": "linear", "factor": 4.0}
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
 
 FAMILIES = {
-    "llama_mha": (transformers.LlamaConfig, dict(num_key_value_heads=4, rms_norm_eps=1e-5)),
+    "llama_mha": (transformers.LlamaConfig, {"num_key_value_heads": 4, "rms_norm_eps": 1e-5}),
     "llama_gqa_tied": (
         transformers.LlamaConfig,
-        dict(num_hidden_layers=3, tie_word_embeddings=True, head_dim=16, rms_norm_eps=1e-3),
+        {"num_hidden_layers": 3, "tie_word_embeddings": True, "head_dim": 16, "rms_norm_eps": 1e-3},
     ),
-    "llama_llama3_rope": (transformers.LlamaConfig, dict(rope_parameters=LLAMA3, tie_word_embeddings=True)),
-    "llama_linear_rope": (transformers.LlamaConfig, dict(rope_parameters={**LINEAR, "rope_theta": 5000.0})),
-    "llama_bias": (transformers.LlamaConfig, dict(attention_bias=True, mlp_bias=True)),
-    "mistral": (transformers.MistralConfig, dict(sliding_window=WINDOW, head_dim=16)),
-    "mistral_full": (transformers.MistralConfig, dict(sliding_window=None, rope_parameters={"rope_theta": 1e6})),
-    "qwen2": (transformers.Qwen2Config, dict(tie_word_embeddings=True)),
+    "llama_llama3_rope": (transformers.LlamaConfig, {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
+    "llama_linear_rope": (transformers.LlamaConfig, {"rope_parameters": {**LINEAR, "rope_theta": 5000.0}}),
+    "llama_bias": (transformers.LlamaConfig, {"attention_bias": True, "mlp_bias": True}),
+    "mistral": (transformers.MistralConfig, {"sliding_window": WINDOW, "head_dim": 16}),
+    "mistral_full": (transformers.MistralConfig, {"sliding_window": None, "rope_parameters": {"rope_theta": 1e6}}),
+    "qwen2": (transformers.Qwen2Config, {"tie_word_embeddings": True}),
     "qwen2_window": (
         transformers.Qwen2Config,
-        dict(num_hidden_layers=3, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1),
+        {"num_hidden_layers": 3, "use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
     ),
-    "qwen3": (transformers.Qwen3Config, dict(head_dim=16, rope_parameters={"rope_theta": 1e6})),
+    "qwen3": (transformers.Qwen3Config, {"head_dim": 16, "rope_parameters": {"rope_theta": 1e6}}),
     "gemma2": (
         transformers.Gemma2Config,
-        dict(
-            num_hidden_layers=3,
-            head_dim=16,
-            rms_norm_eps=1e-4,
-            sliding_window=WINDOW,
-            layer_types=[LOCAL, GLOBAL, LOCAL],
-            query_pre_attn_scalar=9,
-            attn_logit_softcapping=2.0,
-            final_logit_softcapping=3.0,
-        ),
+        {
+            "num_hidden_layers": 3,
+            "head_dim": 16,
+            "rms_norm_eps": 1e-4,
+            "sliding_window": WINDOW,
+            "layer_types": [LOCAL, GLOBAL, LOCAL],
+            "query_pre_attn_scalar": 9,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+        },
     ),
     "gemma3_text": (
         transformers.Gemma3TextConfig,
-        dict(
-            num_hidden_layers=3,
-            head_dim=16,
-            rms_norm_eps=1e-4,
-            sliding_window=WINDOW,
-            layer_types=[LOCAL, GLOBAL, LOCAL],
-            query_pre_attn_scalar=9,
-            rope_parameters={
+        {
+            "num_hidden_layers": 3,
+            "head_dim": 16,
+            "rms_norm_eps": 1e-4,
+            "sliding_window": WINDOW,
+            "layer_types": [LOCAL, GLOBAL, LOCAL],
+            "query_pre_attn_scalar": 9,
+            "rope_parameters": {
                 GLOBAL: {"rope_theta": 20000.0, **LINEAR},
                 LOCAL: {"rope_type": "default", "rope_theta": 300.0},
             },
-        ),
+        },
     ),
 }
 

@@ -100,7 +100,7 @@ def write(name: str) -> None:
     writer.add_rope_dimension_count(head_dim)
     writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    tokens = ["<pad>", "<s>", "</s>", *(chr(33 + i) for i in range(config["vocab_size"] - 3))]
+    tokens = ["<pad>", "<s>", "</s>", *(chr(33 + i) for i in range(config["vocab_size"] - 4)), "!!"]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre({"qwen2": "qwen2", "qwen3": "qwen2"}.get(arch, "smollm"))
     writer.add_token_list(tokens)

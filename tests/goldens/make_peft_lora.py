@@ -19,8 +19,8 @@ HERE = pathlib.Path(__file__).parent
 BASE = HERE / "families" / "llama_gqa_tied"
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ADAPTERS = {
-    "lora": dict(r=4, lora_alpha=8, target_modules=LINEAR),
-    "rslora": dict(r=4, lora_alpha=8, use_rslora=True, target_modules=["q_proj", "v_proj", "down_proj"]),
+    "lora": {"r": 4, "lora_alpha": 8, "target_modules": LINEAR},
+    "rslora": {"r": 4, "lora_alpha": 8, "use_rslora": True, "target_modules": ["q_proj", "v_proj", "down_proj"]},
 }
 LENGTH, BATCH, VOCAB = 16, 2, 128
 
