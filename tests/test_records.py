@@ -1,6 +1,7 @@
 """Records of every format → tokens: what is trained is exactly what the format says."""
 
 import json
+import pathlib
 import re
 
 import chat_cases
@@ -297,3 +298,15 @@ def test_a_conversation_needs_a_template():
     example = Format().told(CHAT, "f:1").read(CHAT, "f:1")
     with pytest.raises(LuthierError, match=r"f:1: a conversation needs a chat template and the model has none\. Name"):
         tokenize([example], ["f:1"], tokenizer=tiny_tokenizer(), template=None, train_on="completion")
+
+
+def test_the_lines_of_the_documentation_are_read_as_it_says():
+    page = (pathlib.Path(__file__).parents[1] / "docs" / "data.md").read_text()
+    lines = re.findall(r"^\| `(\w+)` \| `({.*})` \|$", page, re.MULTILINE)
+    assert {name for name, _ in lines} == set(FORMATS)
+    for name, line in lines:
+        record = json.loads(line)
+        assert detect(record) == name
+        train_on = "assistant" if "assistant_masks" in record else "completion"
+        assert tokens_of(record, train_on).weights.any()
+    assert all(name in page for name in REFUSED)
