@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+
 from luthier.errors import LuthierError
 from luthier.training import metrics
 from luthier.training.metrics import MetricsWriter, Throughput, peak_flops, read_metrics, train_flops_per_token
@@ -202,14 +203,15 @@ def test_utilisation_reproduces_palm():
     assert 238_300 * flops / (chips * 275e12) == pytest.approx(0.457, abs=0.001)
 
 
-def test_throughput_counts_time_between_calls(monkeypatch):
-    clock = iter([0.0, 4.0, 10.0, 12.0])
+def test_throughput_counts_time_between_calls_and_averages(monkeypatch):
+    clock = iter([0.0, 4.0, 10.0, 12.0, 14.0])
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
-    throughput = Throughput(1e9, peak=1e12)
+    throughput = Throughput(1e9, peak=1e12, window=2)
     first = throughput.measure(steps=2, tokens=1000)
     assert first == {"time/step_seconds": 2.0, "time/tokens_per_second": 250.0, "time/mfu": 0.25}
     throughput.restart()  # Six seconds of evaluation do not count.
-    assert throughput.measure(steps=1, tokens=1000)["time/step_seconds"] == 2.0
+    assert throughput.measure(steps=2, tokens=500)["time/step_seconds"] == 1.5
+    assert throughput.measure(steps=2, tokens=500)["time/tokens_per_second"] == 250.0  # The first has left the window.
 
 
 def test_peak_memory_is_the_high_water_mark():

@@ -5,6 +5,7 @@ Names are TRL's, so that runs compare: `loss`, `mean_token_accuracy`, `entropy`,
 machine; every other key of a killed and resumed run is that of an uninterrupted one, bit by bit.
 """
 
+import collections
 import importlib
 import importlib.util
 import json
@@ -257,15 +258,19 @@ def peak_flops(device_kind: str) -> float | None:
 
 
 class Throughput:
-    """Tokens and steps per second, and model-FLOP utilisation, between calls.
+    """Tokens and steps per second, and model-FLOP utilisation, averaged over the last calls.
+
+    A single step says little: results reach the host in bursts.
 
     Args:
       flops_per_token: see `train_flops_per_token`.
       peak: FLOP/s of all devices together; None where unknown, then utilisation is None.
+      window: calls averaged over.
     """
 
-    def __init__(self, flops_per_token: float, *, peak: float | None):
+    def __init__(self, flops_per_token: float, *, peak: float | None, window: int = 10):
         self.flops_per_token, self.peak = flops_per_token, peak
+        self._recent = collections.deque(maxlen=window)
         self.restart()
 
     @classmethod
@@ -275,18 +280,20 @@ class Throughput:
         return cls(flops_per_token, peak=peak and peak * jax.device_count())
 
     def restart(self) -> None:
-        """Forgets the time since the last call: compilation, an evaluation, a pause."""
+        """Leaves out the time since the last call: compilation, an evaluation, a pause."""
         self._since = time.perf_counter()
 
     def measure(self, steps: int, tokens: int) -> dict[str, float | None]:
-        """Metrics of the steps since the last call; their results must have reached the host.
+        """Metrics with the steps since the last call added; their results must have reached the host.
 
         Args:
           tokens: of all processes in these steps, padding not counted.
         """
         now = time.perf_counter()
-        seconds, self._since = max(now - self._since, 1e-9), now
-        rate = tokens / seconds
+        self._recent.append((now - self._since, steps, tokens))
+        self._since = now
+        seconds, steps, tokens = map(sum, zip(*self._recent))
+        rate = tokens / max(seconds, 1e-9)
         return {
             "time/step_seconds": seconds / max(steps, 1),
             "time/tokens_per_second": rate,
