@@ -195,12 +195,12 @@ def _version(package: str) -> str | None:
 
 
 def _state(path: str) -> list[int] | None:
-    """Size and time of a file, or None where there is none (as for a task without files)."""
+    """Size and time of a file, or None where there is none: a task without files calls its shards by the split."""
     try:
         status = epath.Path(path).stat()
     except OSError:
         return None
-    return [status.length, int(status.mtime)]
+    return None if status.is_directory else [status.length, int(status.mtime)]
 
 
 def _build(source: str, module: str, name: str, folder: pathlib.Path) -> None:

@@ -78,7 +78,7 @@ def open_source(source: str) -> TfdsRecords:
         import tensorflow_datasets as tfds
     except ImportError as error:
         raise LuthierError(
-            f"needs tensorflow-datasets ({error})", where=source, mend="pip install 'luthier[seqio]'"
+            f"needs tensorflow-datasets ({error})", where=source, mend="pip install 'luthier[tfds]'"
         ) from None
     builder = (
         _from_folder(tfds, parsed["folder"], source) if parsed["folder"] else _by_name(tfds, parsed["name"], source)
