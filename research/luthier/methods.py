@@ -72,6 +72,21 @@ METHODS: tuple[Method, ...] = (
             "inverse_sqrt": "Linear warm-up, then 1/sqrt(step).",
         }.items()
     ),
+    *(
+        Method(
+            name,
+            "evaluation",
+            f"luthier.evals.tasks:{name}",
+            summary,
+            oracle="tests/test_evals.py",
+            config="configs/quickstart.py",
+        )
+        for name, summary in {
+            "verifier": "Generated answers, scored by a verifier.",
+            "choices": "Multiple choice by log-likelihood.",
+            "perplexity": "exp of the mean negative log-likelihood a token.",
+        }.items()
+    ),
 )
 
 

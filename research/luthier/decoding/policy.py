@@ -7,11 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from luthier import weights
 from luthier.data.chat import ChatTemplate
 from luthier.data.tokenizer import Tokenizer
 from luthier.errors import LuthierError
 from luthier.models import Transformer
 from luthier.tuners import Bound, bind
+from luthier.tuners.lora import lora
 
 Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
 
@@ -60,6 +62,8 @@ class Policy:
         """Ids of plain text with what the tokenizer puts before it (BOS), open at the end."""
         tokens = self.tokenizer.encode(text, special=True)
         plain = self.tokenizer.encode(text)
+        while len(tokens) > 1 and tokens[0] == tokens[1] == self.tokenizer.bos_id:
+            tokens = tokens[1:]  # the text spells BOS out
         closed = len(tokens) > len(plain) and tokens[-1] in self.eos_ids and tokens[-len(plain) - 1 : -1] == plain
         return tokens[:-1] if closed else tokens
 
@@ -89,11 +93,14 @@ def from_source(
       attention: name of an attention backend.
       template: source of a Jinja chat template that replaces the model's own.
     """
-    from luthier import weights
-
     loaded = weights.load(source)
+    tuners, variables = [], {"params": loaded.params}
+    for number, adapter in enumerate(loaded.adapters):
+        collection = f"adapter_{number}"
+        tuners.append(lora(**adapter.options, collection=collection))
+        variables[collection] = adapter.variables
     model = Transformer(loaded.config, dtype=jnp.dtype(compute_dtype), remat="none", attention=attention)
     tokenizer = loaded.tokenizer
     chosen = template if template is not None else tokenizer.chat_template
     chat = ChatTemplate(chosen, tokenizer.special_tokens) if chosen is not None else None
-    return Policy(bind(model), jax.tree.map(jnp.asarray, {"params": loaded.params}), tokenizer, chat)
+    return Policy(bind(model, tuners), jax.tree.map(jnp.asarray, variables), tokenizer, chat)
