@@ -92,7 +92,8 @@ def train(config: ConfigDict, workdir: epath.PathLike | None = None) -> Run:
             variables = None  # The state is donated: only its newest version may be held.
             optimizer, schedule = _optimizer(stage)
             checkpoints = open_files.enter_context(_checkpoints(setup, stage))
-            state, start = _restored(checkpoints, trainable, optimizer, setup.sharder, ema=bool(stage.ema))
+            options = {"ema": bool(stage.ema), "loss_scale": config.model.compute_dtype == "float16"}
+            state, start = _restored(checkpoints, trainable, optimizer, setup.sharder, options)
             if start < stage.steps:
                 if writer is None:
                     writer = open_files.enter_context(_writer(setup, first + start))
@@ -240,10 +241,10 @@ def _checkpoints(setup: Setup, stage: ConfigDict) -> Checkpoints:
     )
 
 
-def _restored(checkpoints: Checkpoints, trainable, optimizer, sharder, *, ema: bool) -> tuple[TrainState, int]:
-    found = checkpoints.restore(abstract_state(trainable, optimizer, sharder, ema=ema))
+def _restored(checkpoints: Checkpoints, trainable, optimizer, sharder, options: dict) -> tuple[TrainState, int]:
+    found = checkpoints.restore(abstract_state(trainable, optimizer, sharder, **options))
     if found is None:
-        return init_state(trainable, optimizer, sharder, ema=ema), 0
+        return init_state(trainable, optimizer, sharder, **options), 0
     log.info("going on after step %d of %s", found[1], checkpoints.directory.name)
     return found
 

@@ -31,7 +31,8 @@ def make_step(
 
     The gradient is that of `sum(loss) / count(batch)`, whatever the number of micro-batches. An
     update that is not finite, or of a batch without targets, changes nothing but `step`; the metric
-    `is_finite` tells the first.
+    `is_finite` tells the first. Where the state has a loss scale, an overflowing gradient is part
+    of finding it, and only a loss that is not finite counts.
 
     Args:
       micro_batches: the batch is run in so many equal parts, one after another.
@@ -42,7 +43,8 @@ def make_step(
     gradients = make_gradients(bound, objective, micro_batches=micro_batches, seed=seed)
 
     def step(state: TrainState, frozen: Variables, batch: Batch) -> tuple[TrainState, Metrics]:
-        loss, grads, metrics = gradients(state.trainable, frozen, batch, state.step)
+        scale = 1.0 if state.loss_scale is None else state.loss_scale.factor
+        loss, grads, metrics = gradients(state.trainable, frozen, batch, state.step, scale)
         norm = optax.global_norm(grads)
         if clip_norm:
             grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-30)), grads)
@@ -55,6 +57,10 @@ def make_step(
         if ema:
             average = jax.tree.map(lambda a, p: keep(ema * a + (1 - ema) * p, a), state.ema, trainable)
         new = TrainState(state.step + 1, trainable, jax.tree.map(keep, opt_state, state.opt_state), average)
+        if state.loss_scale is not None:
+            new = new.replace(loss_scale=state.loss_scale.after(~is_finite))
+            metrics["loss_scale"] = scale
+            is_finite = jnp.isfinite(loss) & (scale >= 1)
         metrics |= {
             "loss": loss,
             "grad_norm": norm,
@@ -68,16 +74,19 @@ def make_step(
 
 
 def make_gradients(bound: Bound, objective: Objective, *, micro_batches: int = 1, seed: int = 0) -> Callable:
-    """`(trainable, frozen, batch, step) -> (loss, gradients, metrics)`, exact under accumulation."""
+    """`(trainable, frozen, batch, step, scale=1) -> (loss, gradients, metrics)`, exact under accumulation.
 
-    def gradients(trainable: Variables, frozen: Variables, batch: Batch, step: jax.Array):
+    The backward pass runs on `scale` times the loss; what is returned is unscaled.
+    """
+
+    def gradients(trainable: Variables, frozen: Variables, batch: Batch, step: jax.Array, scale=1.0):
         batch = {**batch, "token_ids": _token_ids(batch["tokens"])}
         count = jnp.maximum(objective.count(batch), 1)
         rng = jax.random.fold_in(jax.random.key(seed), step)
 
         def loss(trainable, part):
             total, sums = objective.sums(bound, {**frozen, **trainable}, part, rng)
-            return total / count, sums
+            return total * scale / count, sums
 
         run = jax.value_and_grad(loss, has_aux=True)
         if micro_batches == 1:
@@ -88,7 +97,8 @@ def make_gradients(bound: Bound, objective: Objective, *, micro_batches: int = 1
             start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
             add = lambda total, part: (jax.tree.map(jnp.add, total, run(trainable, part)), None)  # noqa: E731
             ((value, sums), grads), _ = jax.lax.scan(add, start, parts)
-        return value, grads, {name: total / jnp.maximum(n, 1) for name, (total, n) in sums.items()}
+        grads = jax.tree.map(lambda g: g / scale, grads)
+        return value / scale, grads, {name: total / jnp.maximum(n, 1) for name, (total, n) in sums.items()}
 
     return gradients
 
