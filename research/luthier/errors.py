@@ -21,7 +21,9 @@ class LuthierError(Exception):
     def __init__(self, what: str, *, where: object = None, mend: str | None = None):
         self.what, self.where, self.mend = what, where, mend
         text = f"{where}: {what}" if where else what
-        super().__init__(". ".join(part.rstrip(".") for part in (text, mend) if part) + ("" if mend and mend.endswith("?") else "."))
+        super().__init__(
+            ". ".join(part.rstrip(".") for part in (text, mend) if part) + ("" if mend and mend.endswith("?") else ".")
+        )
 
 
 def near(name: str, known: Iterable[str]) -> str:

@@ -131,7 +131,7 @@ class ModelConfig:
             hf |= {"use_sliding_window": any(self.local_layers)}
         if gemma:
             hf |= {
-                "query_pre_attn_scalar": self.query_scale**-2,
+                "query_pre_attn_scalar": round(self.query_scale**-2),  # transformers 5 wants an int
                 "attn_logit_softcapping": self.attention_softcap,
                 "final_logit_softcapping": self.final_softcap,
             }
