@@ -213,6 +213,7 @@ def recipe(
     stages: tuple,
     name: str = "recipe",
     evaluations: tuple = (),
+    baselines: tuple = (),
     mesh: ConfigDict | None = None,
     checkpoint: ConfigDict | None = None,
     logging: ConfigDict | None = None,
@@ -222,6 +223,7 @@ def recipe(
 
     Args:
       evaluations: specs of evaluations, run before the first stage and after the last.
+      baselines: specs run before the first stage only, such as few-shot prompting.
       seed: fixes data order, initial values and every random number of the run.
     """
     values = dict(locals())

@@ -318,7 +318,7 @@ def _save_result(setup: Setup, bound: Bound, variables: Variables) -> None:
 
 
 def _evaluate(setup: Setup, bound: Bound, variables: Variables, when: str) -> dict[str, EvalResult]:
-    specs = setup.config.evaluations
+    specs = setup.config.evaluations + (setup.config.baselines if when == "before" else ())
     if not specs:
         return {}
     return evaluate(setup.policy(bound, variables), specs, workdir=setup.workdir, when=when, note=setup.about.note)
