@@ -3,6 +3,7 @@
 import pathlib
 
 import tiny_text
+
 from luthier.data.chat import ChatTemplate
 from luthier.data.tokenizer import Tokenizer
 
@@ -54,6 +55,7 @@ CONVERSATIONS = {
         user("+ 1?"),
         assistant("6", reasoning_content="six"),
     ],
+    "thinking_by_another_name": [user("2 + 3?"), assistant("5", thinking="two and three")],
     "thought_inside": [user("2 + 3?"), assistant("<think>\nadd\n</think>\n\n5")],
     "tools": [user("2 + é?"), assistant("", tool_calls=[CALL]), {"role": "tool", "content": "five"}, assistant("5")],
 }

@@ -6,6 +6,7 @@ import json
 import chat_cases
 import numpy as np
 import pytest
+
 from luthier.data.chat import ChatTemplate
 from luthier.data.records import Chat
 from luthier.data.tokenize import tokenize
@@ -96,6 +97,26 @@ def test_a_tool_call_is_trained_and_its_result_is_not():
     assert trained_texts("qwen3", tokens) == [call, "<think>\n\n</think>\n\n5<|im_end|>"]
 
 
+def test_the_completion_starts_where_the_tokens_part():
+    """TRL's rule at every split of a text, by a template that writes nothing of its own."""
+    bare, tokenizer = (
+        ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}"),
+        chat_cases.tokenizer("smollm2"),
+    )
+    text, earlier = " ".join((*chat_cases.tiny_text.TEXT, "nqhiqunsstoa nreswqateean hisotutrwqha")), 0
+    for split in range(1, len(text) - 1):
+        if not text[split:].strip() or not text[:split].strip():
+            continue
+        chat = Chat((chat_cases.user(text[:split]), chat_cases.assistant(text[split:])), 1)
+        found = tokenize([chat], ["f:1"], tokenizer=tokenizer, template=bare, train_on="completion")[0]
+        prompt, whole = tokenizer.encode(text[:split]), tokenizer.encode(text)
+        start = next((i for i, (a, b) in enumerate(zip(prompt, whole)) if a != b), len(prompt))
+        assert np.flatnonzero(found.weights).tolist() == list(range(max(start, 1), len(whole)))
+        assert bool(found.flags & 1) == (start < len(prompt))
+        earlier += len(tokenizer.decode(whole[: start + 1])) < split
+    assert earlier  # at some split even a token that lies before it changes
+
+
 def test_one_bos():
     for family in ("llama3", "mistral", "gemma", "zephyr"):
         tokens = tokens_of(family, chat_cases.CONVERSATIONS["single"], "completion")
@@ -158,6 +179,17 @@ def test_turns_that_cannot_be_told_apart():
         LuthierError, match=r"f:1: the template writes the messages before turn 3 differently.*generation"
     ):
         tokens_of("mistral", chat_cases.CONVERSATIONS["system_several"], "assistant")
+
+
+def test_a_turn_without_an_end_is_not_given_the_next_ones():
+    last_only = (
+        "{% for m in messages %}{% if m.role == 'user' %}?{{ m.content }}|{% elif loop.last %}!{{ m.content }}<|im_end|>"
+        "{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    with pytest.raises(LuthierError, match=r"f:1: no end of the assistant's turn 2 in the rendered conversation"):
+        chat = Chat(tuple(chat_cases.CONVERSATIONS["several"]), 5)
+        template, tokenizer = ChatTemplate(last_only), chat_cases.tokenizer("smollm2")
+        tokenize([chat], ["f:1"], tokenizer=tokenizer, template=template, train_on="assistant")
 
 
 def test_no_assistant_tokens_is_an_error():

@@ -4,6 +4,7 @@ import time
 
 import numpy as np
 import pytest
+
 from luthier.data import packing
 from luthier.errors import LuthierError
 

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pyarrow
 import pyarrow.parquet
 import pytest
+
 from luthier.data import sources
 from luthier.errors import LuthierError
 
@@ -71,6 +72,7 @@ def test_a_glob_is_its_files_in_order_and_limit_the_first_of_them(tmp_path):
     source = sources.open_source(f"{tmp_path}/part-*.jsonl")
     assert [source[i] for i in range(57)] == RECORDS
     assert source.where(19) == f"{tmp_path}/part-1.jsonl:1"
+    assert sources.local_copy(f"{tmp_path}/part-1.jsonl", tmp_path) == f"{tmp_path}/part-1.jsonl"  # no copy
     limited = sources.open_source(f"{tmp_path}/part-*.jsonl", limit=20)
     assert len(limited) == 20 and limited[19] == RECORDS[19] and limited.where(19) == source.where(19)
 

@@ -4,8 +4,9 @@ import functools
 import json
 
 import tokenizers
-from luthier.data.tokenizer import Tokenizer
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
+from luthier.data.tokenizer import Tokenizer
 
 SPECIAL = (
     "<|endoftext|>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|start_header_id|>",

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import pathlib
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
@@ -188,16 +189,16 @@ class Limited:
 
 def local_copy(path: str, cache_dir: str | os.PathLike | None = None) -> str:
     """`path` itself, or for a file of a bucket its local copy, made once for each version of it."""
-    remote = epath.Path(path)
-    if isinstance(remote, pathlib.Path) and "://" not in path:
+    if "://" not in path:
         return path
+    remote = epath.Path(path)
     status = remote.stat()
     version = f"{path} {status.length} {status.mtime}"
     folder = pathlib.Path(cache_dir or default_cache_dir()) / "files"
     copy = folder / f"{hashlib.blake2b(version.encode(), digest_size=8).hexdigest()}-{remote.name}"
     if not copy.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        partial = copy.with_name(f".{copy.name}.{os.getpid()}")
+        partial = copy.with_name(f".{copy.name}.{os.getpid()}.{threading.get_ident()}")
         with remote.open("rb") as source, open(partial, "wb") as target:
             while block := source.read(_BLOCK):
                 target.write(block)
