@@ -280,13 +280,17 @@ def test_a_sentencepiece_vocabulary_as_our_tokenizer(extra_ids, tmp_path):
     same = vocabulary.SentencePieceTokenizer(seqio.SentencePieceVocabulary(SENTENCEPIECE, extra_ids=extra_ids))
     assert tokenizer.fingerprint == same.fingerprint
     assert (tokenizer.vocab_size, tokenizer.eos_id, tokenizer.pad_id) == (vocab.vocab_size, vocab.eos_id, vocab.pad_id)
-    for text in ("this is a test", "this is <extra_id_1> test" if extra_ids else "that", "that was"):
+    for text in ("this is a test", "this is <extra_id_1> test" if extra_ids else "that", "thís ✓  was"):
         ids = tokenizer.encode(text)
         assert ids == list(vocab.encode(text)) == vocab.encode_tf(tf.constant(text)).numpy().tolist()
         assert tokenizer.decode(ids) == vocab.decode(ids)
         ((offset_ids, offsets),) = tokenizer.encode_with_offsets([text])
         assert offset_ids == ids
-        assert "".join(text[start:end] for start, end in offsets) == text
+        covered = [text[start:end].strip() for start, end in offsets]
+        known = [i != vocab.unk_id for i in ids]
+        pieces = [tokenizer.token(i).replace("▁", " ").strip() for i in ids]
+        assert [c for c, k in zip(covered, known) if k] == [p for p, k in zip(pieces, known) if k]
+        assert offsets[0][0] == 0 and offsets[-1][1] == len(text)
         assert [tokenizer.id_of(tokenizer.token(i)) for i in ids] == ids
     assert tokenizer.id_of("no such piece") is None
 
