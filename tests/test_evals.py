@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import math
+import pathlib
+import re
+import runpy
 
 import jax
 import numpy as np
@@ -209,3 +212,17 @@ def test_labels_must_differ_and_name_files(policy, tmp_path):
     with pytest.raises(LuthierError, match="cannot name a file"):
         evaluate(policy, [spec("verifier", label="../x", data=data)])
     assert dataclasses.is_dataclass(EvalResult)
+
+
+def test_chain_sum_is_what_its_script_makes():
+    """Answers by evaluating the problem as written; train and test share none; the files are current."""
+    folder = pathlib.Path(__file__).parents[1] / "configs" / "tasks" / "chain_sum"
+    made = runpy.run_path(str(folder / "make.py"))
+    files = {name: [json.loads(line) for line in (folder / f"{name}.jsonl").open()] for name in ("train", "test")}
+    drawn = [made["record"](*problem) for problem in made["problems"](made["TRAIN"] + made["TEST"], seed=0)]
+    assert files["train"] + files["test"] == drawn
+    prompts = [record["prompt"] for record in drawn]
+    assert len(set(prompts)) == len(prompts) and len(files["test"]) >= 300
+    for record in drawn:
+        assert int(record["completion"]) == eval(re.search(r"-?\d+ [+-] \d+", record["prompt"])[0])
+        assert verifiers.integer(record["completion"], record) == 1
