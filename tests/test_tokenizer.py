@@ -6,6 +6,7 @@ import pathlib
 import pytest
 import tiny_text
 import tokenizers
+
 from luthier.data.tokenizer import Tokenizer
 from luthier.errors import LuthierError
 

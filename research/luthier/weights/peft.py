@@ -81,7 +81,7 @@ def read_adapter(directory: epath.PathLike, config: ModelConfig | None = None) -
     settings = _read_settings(directory / CONFIG)
     rank = settings["r"]
     pieces: dict[str, dict[int, np.ndarray]] = {}
-    for name, entry in _entries(directory).items():
+    for name, entry in safetensors.read_header(weight_file(directory)).items():
         if name.endswith("lm_head.base_layer.weight"):  # PEFT stores the base's own head beside the head's adapter
             continue
         path, layer = _our_path(name, directory)
@@ -123,10 +123,15 @@ def _read_settings(path: epath.Path) -> dict[str, Any]:
     return settings
 
 
-def _entries(directory: epath.Path) -> dict[str, safetensors.Entry]:
+def weight_file(directory: epath.Path) -> epath.Path:
+    """The tensors of an adapter.
+
+    Raises:
+      LuthierError: if they are absent or pickled.
+    """
     if not (directory / WEIGHTS).exists():
         raise LuthierError(f"no {WEIGHTS}", where=directory, mend="Only safetensors are read; save the adapter again")
-    return safetensors.read_header(directory / WEIGHTS)
+    return directory / WEIGHTS
 
 
 def _our_path(name: str, directory: epath.Path) -> tuple[str, int]:

@@ -120,7 +120,7 @@ def write(
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, dtype, shape in tensors:
-            array = np.ascontiguousarray(fetch(name), dtype)
+            array = np.asarray(fetch(name), dtype, order="C")
             assert array.shape == tuple(shape), (name, array.shape, shape)
             file.write(array.reshape(-1).view(np.uint8).data)
 

@@ -114,7 +114,7 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     path = checkpoint.path
     files = [path] if checkpoint.is_gguf else [path / "config.json", *hf.weight_files(path)]
     for adapter in checkpoint.adapters:
-        files += [adapter / peft.CONFIG, adapter / peft.WEIGHTS]
+        files += [adapter / peft.CONFIG, peft.weight_file(adapter)]
     for file in files:
         digest.update(f"{file.name}\n".encode())
         _sample(file, digest)

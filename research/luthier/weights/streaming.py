@@ -95,9 +95,8 @@ def _build(leaf: Leaf, names: list[str], read: Callable, shape: tuple, dtype: An
     stack = _zeros(shape, dtype, sharding)()
     fill = _fill(leaf.transpose, sharding)
     for layer, name in enumerate(names):
-        piece = _put(read(name), piece_sharding)
-        # Waiting keeps the queue from holding the tensors of many layers.
-        stack = fill(stack, piece, np.int32(layer)).block_until_ready()
+        # Waiting, and naming no piece, keeps more than one layer's tensor from being alive.
+        stack = fill(stack, _put(read(name), piece_sharding), np.int32(layer)).block_until_ready()
     return stack
 
 
