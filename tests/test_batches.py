@@ -8,6 +8,7 @@ import threading
 import chat_cases
 import numpy as np
 import pytest
+import tiny_bucket
 from tiny_text import tiny_tokenizer
 
 from luthier import config
@@ -176,6 +177,8 @@ def test_a_mixture_has_its_rates_in_every_epoch(tmp_path, rates):
     for part, size in (("0", 60), ("1", 20)):  # each source goes through its own examples evenly
         times = np.bincount([int(i) for p, i in seen if p == part], minlength=size)
         assert times.max() - times.min() <= 1
+    orders = [[int(i) for p, i in seen if p == part][:20] for part in "01"]
+    assert orders[0] != orders[1]
     packed = built(sections, batch_size=1)
     assert same(packed.rows(200), built(sections, batch_size=1).rows(200))
 
@@ -340,6 +343,32 @@ def test_a_damaged_cache_is_built_again_with_a_notice(tmp_path, monkeypatch, cap
     assert len(calls) == 2 and message in caplog.text and "building it again" in caplog.text
     built(path)
     assert len(calls) == 2
+
+
+def test_a_cache_in_a_bucket_is_shared_by_machines(tmp_path, monkeypatch, caplog):
+    calls = counted(monkeypatch)
+    (tmp_path / "disk").mkdir()
+    file_of(tmp_path / "disk" / "a.jsonl", records(20))
+    with tiny_bucket.bucket(tmp_path / "disk"):
+        found = []
+        for machine in "abc":
+            monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / machine))
+            section = config.data("gs://bucket/a.jsonl")
+            made = batches.build(
+                section,
+                tokenizer=tiny_tokenizer(),
+                sequence_length=64,
+                batch_size=4,
+                seed=0,
+                cache_dir="gs://bucket/cache",
+            )
+            found.append(made.rows(0))
+            if machine == "b":
+                (folder,) = (tmp_path / "disk" / "cache" / "tokens").iterdir()
+                truncate(folder)
+    assert same(found[0], found[1]) and same(found[0], found[2])
+    assert len(calls) == 2 and "gs://bucket" in caplog.text and "is truncated; building it again" in caplog.text
+    assert os.path.getsize(folder / "ids.bin") > 40
 
 
 def test_a_full_disk_is_said_and_leaves_nothing(tmp_path, monkeypatch):

@@ -183,8 +183,8 @@ def test_turns_that_cannot_be_told_apart():
 
 def test_a_turn_without_an_end_is_not_given_the_next_ones():
     last_only = (
-        "{% for m in messages %}{% if m.role == 'user' %}?{{ m.content }}|{% elif loop.last %}!{{ m.content }}<|im_end|>"
-        "{% else %}{{ m.content }}{% endif %}{% endfor %}"
+        "{% for m in messages %}{% if m.role == 'user' %}?{{ m.content }}|"
+        "{% elif loop.last %}!{{ m.content }}<|im_end|>{% else %}{{ m.content }}{% endif %}{% endfor %}"
     )
     with pytest.raises(LuthierError, match=r"f:1: no end of the assistant's turn 2 in the rendered conversation"):
         chat = Chat(tuple(chat_cases.CONVERSATIONS["several"]), 5)

@@ -1,12 +1,12 @@
 """Raw records by index: what is read is what was written, and errors name the line."""
 
 import json
-import os
 from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow
 import pyarrow.parquet
 import pytest
+import tiny_bucket
 
 from luthier.data import sources
 from luthier.errors import LuthierError
@@ -92,33 +92,17 @@ def test_threads_read_at_once(tmp_path):
 
 
 def test_a_bucket_file_is_copied_once_for_each_version(tmp_path):
-    """`gs://` paths go through `epath`; its mock backend stands in for a bucket."""
-    from etils import epath
-
     disk = tmp_path / "disk"
     disk.mkdir()
-    path = written(disk / "a.jsonl", jsonl(RECORDS))
-
-    def real(name):
-        return os.fspath(name).replace("gs://bucket", str(disk))
-
-    with epath.testing.mock_epath(
-        open=lambda original, p, *args, **kwargs: open(real(p), *args, **kwargs),
-        exists=lambda original, p: os.path.exists(real(p)),
-        isdir=lambda original, p: os.path.isdir(real(p)),
-        stat=lambda original, p: epath.stat_utils.StatResult(
-            is_directory=False,
-            length=os.path.getsize(path),
-            mtime=int(os.path.getmtime(path)),
-            owner=None,
-            group=None,
-            mode=0,
-        ),
-    ):
+    written(disk / "a.jsonl", jsonl(RECORDS))
+    with tiny_bucket.bucket(disk):
         source = sources.open_source("gs://bucket/a.jsonl", cache_dir=tmp_path / "cache")
         assert [source[i] for i in range(57)] == RECORDS
         assert source.where(3) == "gs://bucket/a.jsonl:4"
+        sources.open_source("gs://bucket/a.jsonl", cache_dir=tmp_path / "cache")
         assert len(list((tmp_path / "cache" / "files").iterdir())) == 1
+        written(disk / "a.jsonl", jsonl(RECORDS[:9]))
+        assert len(sources.open_source("gs://bucket/a.jsonl", cache_dir=tmp_path / "cache")) == 9
 
 
 BAD = [
