@@ -37,12 +37,15 @@ def file_of(path, rows):
     return str(path)
 
 
-def built(data, *, tokenizer=None, sequence_length=64, batch_size=4, seed=0, packing="best_fit", **options):
+def built(
+    data, *, tokenizer=None, template=None, sequence_length=64, batch_size=4, seed=0, packing="best_fit", **options
+):
     tokenizer = tokenizer or tiny_tokenizer()
     sections = data if isinstance(data, tuple) else (config.data(data, **options),)
     return batches.build(
         sections if len(sections) > 1 else sections[0],
         tokenizer=tokenizer,
+        template=template,
         sequence_length=sequence_length,
         batch_size=batch_size,
         seed=seed,
@@ -177,10 +180,17 @@ def test_a_mixture_has_its_rates_in_every_epoch(tmp_path, rates):
     for part, size in (("0", 60), ("1", 20)):  # each source goes through its own examples evenly
         times = np.bincount([int(i) for p, i in seen if p == part], minlength=size)
         assert times.max() - times.min() <= 1
-    orders = [[int(i) for p, i in seen if p == part][:20] for part in "01"]
-    assert orders[0] != orders[1]
     packed = built(sections, batch_size=1)
     assert same(packed.rows(200), built(sections, batch_size=1).rows(200))
+
+
+def test_sources_of_one_size_are_not_read_in_one_order(tmp_path):
+    sections = tuple(config.data(file_of(tmp_path / f"{n}.jsonl", records(30, seed=n))) for n in range(2))
+    made = built(sections, batch_size=1, packing="none")
+    orders = {0: [], 1: []}
+    for chosen in made._examples(0):
+        orders[int(chosen >= 30)].append(int(chosen % 30))
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(30)) and orders[0] != orders[1]
 
 
 def test_eos_is_a_target_once_though_it_is_also_the_padding(tmp_path):
@@ -308,6 +318,7 @@ def test_the_cache_is_found_again_and_its_key_knows_everything(tmp_path, monkeyp
         lambda: built(path, tokenizer=tiny_tokenizer(adds="bos", chat_template=template)),
         lambda: built(path, tokenizer=tiny_tokenizer(chat_template=template), roles={"assistant": "assistant"}),
         lambda: built(path, tokenizer=tiny_tokenizer(chat_template=template), limit=1),
+        lambda: built(path, tokenizer=tiny_tokenizer(chat_template=template), template=template + "  "),
     ]
     prints = {first.fingerprint, *(make().fingerprint for make in others)}
     assert len(calls) == 1 + len(others) and len(prints) == len(calls)

@@ -91,6 +91,12 @@ def test_a_turn_equal_to_its_question_is_found():
     assert trained_texts("smollm2", tokens) == ["blue<|im_end|>"] * 2
 
 
+def test_an_end_token_spelt_out_in_an_answer_does_not_end_it():
+    messages = [chat_cases.user("a"), chat_cases.assistant("b<|im_end|>c"), *chat_cases.CONVERSATIONS["single"]]
+    tokens = tokens_of("qwen3", messages, "assistant")
+    assert trained_texts("qwen3", tokens)[0] == "b<|im_end|>c<|im_end|>"
+
+
 def test_a_tool_call_is_trained_and_its_result_is_not():
     tokens = tokens_of("qwen3", chat_cases.CONVERSATIONS["tools"], "assistant")
     call = '<tool_call>\n{"name": "add", "arguments": {"a": 2, "b": "é"}}\n</tool_call><|im_end|>'
