@@ -1,8 +1,9 @@
 """Writes train.jsonl and test.jsonl: sums of two signed two-digit integers, as text records.
 
-A problem is `a + b` or `a - b` with a of either sign and b positive, all digits drawn evenly; the
-task is in the manner of chain_sum in reasoning-gym (Apache-2.0), the wording is ours. Problems do
-not repeat, within a file or between the two. Run it again and the files are the same.
+A problem is `a + b` or `a - b` with a of either sign and b positive. In four of five both terms
+carry the same sign: opposite signs ask for a subtraction, which takes a small model many more steps
+to learn than a quickstart has. The task is in the manner of chain_sum in reasoning-gym (Apache-2.0),
+the wording is ours. No problem occurs twice, in a file or over both. Run again, it writes the same.
 """
 
 import json
@@ -10,19 +11,19 @@ import pathlib
 import random
 
 TRAIN, TEST = 4000, 400
+SAME_SIGN = 0.8
 PROMPT, COMPLETION = "Compute {first} {sign} {second} =", " {answer}"
 
 
 def problems(count: int, seed: int) -> list[tuple[int, str, int]]:
-    """`count` different problems (first term, sign, second term)."""
-    every = [
-        (sign_of_first * first, sign, second)
-        for first in range(10, 100)
-        for sign_of_first in (1, -1)
-        for sign in "+-"
-        for second in range(10, 100)
-    ]
-    return random.Random(seed).sample(every, count)
+    """`count` different problems (first term, sign, second term) in random order."""
+    draw = random.Random(seed)
+    signs = {True: [(1, "+"), (-1, "-")], False: [(1, "-"), (-1, "+")]}
+    found: dict[tuple[int, str, int], None] = {}
+    while len(found) < count:
+        sign_of_first, sign = draw.choice(signs[draw.random() < SAME_SIGN])
+        found[sign_of_first * draw.randint(10, 99), sign, draw.randint(10, 99)] = None
+    return list(found)
 
 
 def record(first: int, sign: str, second: int) -> dict[str, str]:
