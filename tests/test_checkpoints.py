@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+
 from luthier.errors import LuthierError
 from luthier.training.checkpoints import Checkpoints, _checksums
 
@@ -64,6 +65,17 @@ def test_restores_every_bit_of_the_newest(tmp_path):
         assert_same(checkpoints.restore(abstract(make_state()), step=2)[0], make_state(2))
         with pytest.raises(LuthierError, match=r"no checkpoint of step 1\. There are: \[2, 3\]"):
             checkpoints.restore(abstract(make_state()), step=1)
+
+
+def test_the_directory_may_be_relative(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for expected in (None, 1):
+        with Checkpoints("runs/sft") as checkpoints:
+            found = checkpoints.restore(abstract(make_state()))
+            assert (found and found[1]) == expected
+            if not found:
+                checkpoints.save(1, make_state(1))
+    assert (tmp_path / "runs" / "sft" / "1").is_dir()
 
 
 def test_state_may_be_donated_right_after_save(tmp_path):

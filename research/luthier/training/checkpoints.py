@@ -25,6 +25,7 @@ from jaxtyping import PyTree
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from luthier.errors import LuthierError
+from luthier.training.files import is_local
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +50,8 @@ class Checkpoints:
                 where="checkpoint.keep_last",
                 mend="Keep at least 1",
             )
-        self.directory = epath.Path(directory)
+        directory = epath.Path(directory)
+        self.directory = directory.absolute() if is_local(directory) else directory  # as Orbax wants it
         self.every = every
         self._manager = _Manager(self.directory, options=_options(keep_last, keep_best))
         self._saving: int | None = None
