@@ -13,7 +13,6 @@ from luthier.training.state import init_state, split
 from luthier.training.step import jit_step, make_step
 from luthier.tuners import bind
 
-
 SHARDER = Sharder(jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1, 1), AXES))
 
 

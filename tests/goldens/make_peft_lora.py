@@ -33,7 +33,7 @@ def make(name: str, seed: int) -> None:
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     with torch.no_grad():
         for weight in trained.values():
-            weight.copy_(0.3 * torch.randn(weight.shape, generator=generator))
+            weight.copy_(0.1 * torch.randn(weight.shape, generator=generator))
     tokens = torch.randint(3, VOCAB, (BATCH, LENGTH), generator=generator)
     weights = (torch.rand((BATCH, LENGTH - 1), generator=generator) < 0.6).float()
     logits = model(tokens).logits
