@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from luthier.errors import LuthierError
-from luthier.reporting import Progress, evaluation_table, parameter_table, read_run, show, token_table, write_report
+from luthier.reporting import Progress, evaluation_table, parameter_table, read_run, result_table, show, write_report
 from luthier.reporting.compare import comparisons, difference
 from luthier.reporting.workdir import Evaluation
 
@@ -32,17 +32,17 @@ def demo_workdir(folder, *, stages=("sft",), evaluated=True, after=True):
     manifest = {
         "config": config,
         "git_commit": "0123abc",
-        "seed": 0,
+        "note": "4-bit-rounded weights",
         "git_diff": f"+ {HOSTILE}\n- b",
         "devices": ["cpu:0"],
     }
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with open(folder / "metrics.jsonl", "w") as file:
-        for stage in stages:
+        for number, stage in enumerate(stages):
             for step in range(1, 61):
                 loss = 0.25 + 1.9 * math.exp(-step / 12) + 0.05 * rng.random()
                 row = {
-                    "step": step, "stage": stage, "loss": loss, "mean_token_accuracy": 1 - loss / 2.6,
+                    "step": 60 * number + step, "stage": stage, "loss": loss, "mean_token_accuracy": 1 - loss / 2.6,
                     "entropy": loss * 0.8,
                     "grad_norm": 1 + rng.random(), "update_norm": 0.02 * rng.random() + 0.01, "epoch": step / 40,
                     "learning_rate": 1e-3 * min(step / 6, (1 + math.cos(math.pi * step / 60)) / 2),
@@ -246,15 +246,15 @@ def test_tables(tmp_path):
     run = read_run(demo_workdir(tmp_path / "run"))
     show(evaluation_table(run.evaluations, "4-bit-rounded weights"), console)
     show(parameter_table({"params": 900, "lora": 100}, trainable=["lora"]), console)
-    show(token_table([("[bold]Hi\n", "user", 0.0), ("Ġ5", "assistant", 0.5)], "example 1"), console)
+    show(result_table([run.evaluations[0].result]), console)
     text = console.file.getvalue()
-    for expected in ("points", "4-bit-rounded", "10.00%", "1,000", r"[bold]Hi\n", "assistant", "0.5"):
+    for expected in ("points", "4-bit-rounded", "10.00%", "1,000", "95% interval", "200"):
         assert expected in text
 
 
 def test_progress_in_plain_lines():
     console = _console()
-    with Progress(3, "sft", console=console) as progress:
+    with Progress(3, "sft", console=console, plain_seconds=0) as progress:
         for step in (1, 2, 3):
             progress.update(step, {"loss": 1 / step, "time/tokens_per_second": 2100.4, "memory/peak_gib": 3.14})
         progress.log("[saved] checkpoint")

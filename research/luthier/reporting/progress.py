@@ -33,6 +33,7 @@ class Progress:
       start: steps done before (a resumed run), which the remaining time does not count.
       console: where to write; standard error by default, so that results can be piped.
       plain_seconds: least time between two plain lines.
+      quiet: show nothing, as in all processes of a run but the first.
     """
 
     def __init__(
@@ -42,10 +43,11 @@ class Progress:
         *,
         start: int = 0,
         console: Console | None = None,
-        plain_seconds: float = 0.0,
+        plain_seconds: float = 10.0,
+        quiet: bool = False,
     ):
         self.total, self.description, self.start = total, description, start
-        self._console = console or Console(stderr=True, highlight=False, soft_wrap=True)
+        self._console = console or Console(stderr=True, highlight=False, soft_wrap=True, quiet=quiet)
         self._plain_seconds = plain_seconds
         self._bar, self._task, self._live = None, None, None
         self._first: tuple[int, float] | None = None

@@ -88,7 +88,7 @@ def state(run: Run) -> str:
     planned = sum(
         s.get("steps", 0) for s in (run.manifest.get("config") or {}).get("stages", ()) if isinstance(s, dict)
     )
-    done = sum(stage["step"] for stage in _stages(run))
+    done = max((stage["step"] for stage in _stages(run)), default=0)
     if (run.path / "final").exists() or any(e.when == "after" for e in run.evaluations):
         return "finished"
     if not run.metrics:
@@ -156,10 +156,10 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     """(what, value) pairs for the tiles at the top; only what is known."""
     stages, facts = _stages(run), []
     if stages:
-        facts.append(("steps", tables.number(sum(s["step"] for s in stages))))
+        facts.append(("steps", tables.number(stages[-1]["step"])))
         tokens = [s["num_tokens"] for s in stages if isinstance(s.get("num_tokens"), (int, float))]
         if tokens:
-            facts.append(("tokens", tables.number(max(tokens))))
+            facts.append(("tokens", tables.number(sum(tokens))))
         if stages[-1]["speed"]:
             facts.append(("tokens per second", tables.number(stages[-1]["speed"])))
         seconds = _training_seconds(run)
@@ -173,12 +173,12 @@ def _facts(run: Run) -> list[tuple[str, str]]:
 
 def _training_seconds(run: Run) -> float:
     """Step time over the logged steps, each logged value standing for the steps since the one before."""
-    total, done = 0.0, {}
+    total, done = 0.0, 0
     for m in run.metrics:
-        stage, step, seconds = str(m.get("stage", "")), m.get("step"), m.get("time/step_seconds")
+        step, seconds = m.get("step"), m.get("time/step_seconds")
         if isinstance(step, int) and isinstance(seconds, (int, float)):
-            total += seconds * max(step - done.get(stage, 0), 0)
-            done[stage] = step
+            total += seconds * max(step - done, 0)
+            done = step
     return total
 
 

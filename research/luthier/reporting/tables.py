@@ -38,12 +38,13 @@ def parameter_table(counts: Mapping[str, int], *, trainable: Iterable[str]) -> T
     return table
 
 
-def token_table(rows: Iterable[tuple[str, str, float]], title: str = "") -> Table:
-    """What the model sees of an example: (token, role, weight of the token in the loss) each row."""
-    table = Table("token", "role", title=title or None, title_justify="left")
-    table.add_column("weight", justify="right")
-    for token, role, weight in rows:
-        table.add_row(_plain(repr(token)[1:-1]), _plain(role), f"{weight:g}", style=None if weight else "dim")
+def result_table(results: Iterable[Mapping[str, Any]], note: str = "") -> Table:
+    """Results of one model (the keys of evaluations/*.json) with 95% intervals."""
+    table = Table("evaluation", "metric", caption=note or None, caption_justify="left")
+    for heading in ("shots", "n", "value", "95% interval"):
+        table.add_column(heading, justify="right")
+    for r in results:
+        table.add_row(r["name"], r["metric"], str(r["shots"]), str(r["n"]), value(r), interval(r))
     return table
 
 
@@ -96,7 +97,3 @@ def change(comparison: compare.Comparison) -> str:
 
 def _short(x: float, scale: int) -> str:
     return f"{x:.1f}" if scale == 100 else f"{x:.4g}"
-
-
-def _plain(text: str) -> str:
-    return text.replace("[", r"\[")

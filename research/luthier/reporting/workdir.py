@@ -8,8 +8,6 @@ from etils import epath
 
 from luthier.errors import LuthierError
 
-WEIGHTS_4BIT = "4-bit-rounded weights"
-
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
@@ -126,8 +124,5 @@ def _json_lines(path: epath.Path, problems: list[str]) -> tuple[dict[str, Any], 
 
 def weights_note(run: Run) -> str:
     """What a reader must know of the weights behind every number of this run, or ""."""
-    for evaluation in run.evaluations:
-        if evaluation.result.get("note"):
-            return str(evaluation.result["note"])
-    model = (run.manifest.get("config") or {}).get("model") or {}
-    return WEIGHTS_4BIT if isinstance(model, dict) and model.get("source") == "smollm2-135m" else ""
+    notes = [run.manifest.get("note"), *(evaluation.result.get("note") for evaluation in run.evaluations)]
+    return next((str(note) for note in notes if note), "")

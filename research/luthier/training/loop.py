@@ -77,7 +77,10 @@ def run_stage(
     """
     tokens = stage.batches.tokens_before(start)
     feed = prefetch(lambda step: device_batch(stage.batches, step, stage.sharding), start)
-    with contextlib.closing(feed), Progress(stage.steps, stage.name, start=start) as progress:
+    with (
+        contextlib.closing(feed),
+        Progress(stage.steps, stage.name, start=start, quiet=jax.process_index() != 0) as progress,
+    ):
 
         def report(step: int, metrics: Mapping[str, Any], extra: Mapping[str, float]) -> dict[str, float]:
             nonlocal tokens

@@ -1,0 +1,55 @@
+"""Writes a model as a directory that other libraries load.
+
+A model with an adapter becomes a PEFT directory, or with --merge a whole Hugging Face directory.
+
+Example:
+  luthier export --model=runs/quickstart --output=my-model --merge
+"""
+
+import argparse
+
+from luthier.cli import common
+from luthier.errors import LuthierError
+
+HELP = "write a Hugging Face or PEFT directory"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="M", help=common.MODEL)
+    parser.add_argument("--output", required=True, metavar="DIR", help="may be gs://")
+    parser.add_argument("--max_shard_gb", type=float, default=5.0, metavar="X", help="size of a file (%(default)s)")
+    parser.add_argument("--merge", action="store_true", help="fold adapters into the weights")
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.max_shard_gb <= 0:
+        raise LuthierError(f"expected a positive size, got {args.max_shard_gb}", where="--max_shard_gb")
+    from luthier import weights
+    from luthier.parallel import processes
+    from luthier.tuners.lora import lora
+    from luthier.weights.peft import base_of
+    from luthier.weights.source import find
+
+    processes.start()
+    loaded = weights.load(args.model)
+    if loaded.adapters and not args.merge:
+        *below, adapter = loaded.adapters
+        if below:
+            raise LuthierError("several adapters lie over one another", where=args.model, mend="Give --merge")
+        base = base_of(find(args.model).adapters[-1])
+        weights.write_adapter(args.output, adapter.options, adapter.variables, base=base, tokenizer=loaded.tokenizer)
+    else:
+        params = loaded.params
+        for adapter in loaded.adapters:
+            params = lora(**adapter.options).merge(params, adapter.variables)
+        weights.export(
+            args.output,
+            loaded.config,
+            params,
+            loaded.tokenizer,
+            generation_config=loaded.generation_config,
+            max_shard_bytes=args.max_shard_gb * 1e9,
+        )
+    if common.is_first_process():
+        print(args.output + (f"  ({loaded.note})" if loaded.note else ""))
+    return 0

@@ -1,0 +1,44 @@
+"""Log-probabilities of given completions.
+
+Each record {"prompt", "completion"} comes back with `token_ids` and `logprobs` of the completion
+(nats, one a token) and their sum `logprob`.
+
+Example:
+  luthier score --model=smollm2-135m --input=pairs.jsonl --output=scored.jsonl
+"""
+
+import argparse
+
+from luthier.cli import common
+from luthier.errors import LuthierError
+
+HELP = "log-probabilities of completions"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    common.add_model(parser)
+    parser.add_argument("--input", required=True, metavar="F.jsonl", help='records {"prompt", "completion"}')
+    parser.add_argument("--output", required=True, metavar="G.jsonl", help="written in one move at the end")
+    parser.add_argument("--batch_size", type=int, default=16, metavar="N", help="pairs at once (%(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    from luthier.data.sources import open_source
+
+    source = open_source(args.input)
+    records, where = [source[i] for i in range(len(source))], [source.where(i) for i in range(len(source))]
+    for record, place in zip(records, where):
+        for key in ("prompt", "completion"):
+            if key not in record:
+                raise LuthierError(f"no field {key!r}", where=place, mend='Write {"prompt": …, "completion": …}')
+    from luthier.decoding import score
+
+    policy = common.load_policy(args)
+    with common.places(where), common.progress("score", len(records)) as report:
+        scores = score(policy, records, batch_size=args.batch_size, progress=report)
+    scored = (
+        {**record, "token_ids": s.token_ids, "logprobs": s.logprobs, "logprob": s.logprob}
+        for record, s in zip(records, scores)
+    )
+    common.write_lines(args.output, scored)
+    return 0
