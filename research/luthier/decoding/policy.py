@@ -47,7 +47,7 @@ class Policy:
         """
         if isinstance(prompt, str):
             tokens = self.text_ids(prompt)
-        elif prompt and isinstance(prompt[0], Mapping):
+        elif len(prompt) and isinstance(prompt[0], Mapping):
             tokens = self.tokenizer.encode(self.chat(where).render(prompt, add_generation_prompt=True))
         else:
             tokens = [int(token) for token in prompt]
