@@ -1,0 +1,60 @@
+"""Two real processes train as one."""
+
+import json
+import signal
+import time
+
+import numpy as np
+import pytest
+import tiny_run
+
+STAGE = """
+    c.stage(
+        data=DATA, steps=20, batch_size=8, sequence_length=48, micro_batches=2, ema=0.9,
+        schedule=c.spec("cosine", peak=3e-3),
+    )
+"""
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    config = tiny_run.write_run(folder, STAGE, model=", dropout=0.1", every=4, hidden_size=64)
+    tiny_run.train(config, folder / "one", cache=folder / "cache")
+    return folder, config, tiny_run.losses(folder / "one")
+
+
+@pytest.mark.parametrize("devices, mesh", [((1, 1), (2, 1, 1)), ((2, 2), (1, 2, 2))], ids=["data", "fsdp-tensor"])
+def test_losses_are_those_of_one_process(one_process, devices, mesh):
+    folder, config, expected = one_process
+    workdir = folder / "-".join(map(str, mesh))
+    overrides = [f"mesh.{axis}={size}" for axis, size in zip(("data", "fsdp", "tensor"), mesh)]
+    tiny_run.finish(tiny_run.start_processes(config, workdir, *overrides, devices=devices, cache=folder / "cache"))
+    records = tiny_run.metrics(workdir)
+    assert [record["step"] for record in records] == list(range(1, 21))
+    assert np.abs(tiny_run.losses(workdir) - expected).max() <= 1e-5
+    for key in ("num_tokens", "epoch", "learning_rate"):
+        assert [r[key] for r in records] == [r[key] for r in tiny_run.metrics(folder / "one")], key
+    manifest = json.loads((workdir / "manifest.json").read_text())
+    assert manifest["devices"]["processes"] == 2 and manifest["devices"]["count"] == sum(devices)
+    names = {p.relative_to(workdir) for p in (workdir / "final").rglob("*")}
+    assert names == {p.relative_to(folder / "one") for p in (folder / "one/final").rglob("*")}
+
+
+@pytest.mark.parametrize("signalled", [0, 1])
+def test_a_signal_to_one_stops_both_and_one_process_goes_on(one_process, signalled):
+    folder, config, expected = one_process
+    workdir = folder / f"stopped-{signalled}"
+    runs = tiny_run.start_processes(
+        config, workdir, "mesh.fsdp=2", "mesh.data=1", devices=(1, 1), cache=folder / "cache"
+    )
+    deadline = time.monotonic() + 200
+    while not (workdir / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    runs[signalled].send_signal(signal.SIGTERM)
+    tiny_run.finish(runs, code=75)
+    done = len(tiny_run.metrics(workdir))
+    assert 1 <= done < 20
+    tiny_run.train(config, workdir, "mesh.fsdp=1", cache=folder / "cache")
+    assert [record["step"] for record in tiny_run.metrics(workdir)] == list(range(1, 21))
+    assert np.abs(tiny_run.losses(workdir) - expected).max() <= 1e-5
