@@ -1,0 +1,243 @@
+"""Time and memory of one training step, beside plain torch/transformers and its `torch.compile`.
+
+    pip install 'luthier[parity]' && python benchmarks/step.py
+
+SmolLM2-135M's shapes with random weights, batch 4 × 256 without padding, float32, AdamW, on a few CPU
+cores. `sft` trains every weight; `lora` trains rank 16 on all linear maps (PEFT on torch's side). Every measurement
+is a process of its own, so its peak memory (VmHWM, compilation included) and caches are its own; workloads
+alternate, so that a slow spell of the machine hits all of them. Reported are medians over the
+repeats of each process's median step. Linux only (/proc).
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+import time
+
+WORKLOADS = ("luthier-sft", "torch-sft", "torch-compile-sft", "luthier-lora", "torch-lora", "torch-compile-lora")
+SMOLLM2_135M = {
+    "model_type": "llama",
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 100000.0,
+    "tie_word_embeddings": True,
+    "hidden_act": "silu",
+}
+RANK, ALPHA, LEARNING_RATE = 16, 32, 1e-4
+RESULTS = pathlib.Path(__file__).parent / "results" / "step.json"
+
+
+def luthier_step(tune: str, tokens, remat: str):
+    """A function that does one step and returns the loss."""
+    import flax.linen as nn
+    import jax
+    import numpy as np
+
+    from luthier.models import ModelConfig, Transformer
+    from luthier.objectives import token_objective
+    from luthier.objectives.sft import sft
+    from luthier.optim import optimizers
+    from luthier.parallel import make_mesh, make_sharder
+    from luthier.training.state import init_state, split
+    from luthier.training.step import jit_step, make_step
+    from luthier.tuners import bind
+    from luthier.tuners.lora import lora
+
+    config = ModelConfig.from_hf(SMOLLM2_135M)
+    sharder = make_sharder(make_mesh(), num_heads=config.num_heads, num_kv_heads=config.num_kv_heads)
+    bound = bind(Transformer(config, remat=remat), [lora(rank=RANK, alpha=ALPHA)] if tune == "lora" else [])
+    variables = jax.jit(lambda rng: nn.unbox(bound.init(rng)))(jax.random.key(0))
+    trainable, frozen = split(variables, ["lora" if tune == "lora" else "params"])
+    optimizer = optimizers.adamw(lambda step: LEARNING_RATE, weight_decay=0.01)
+    state = init_state(trainable, optimizer, sharder)
+    del variables, trainable
+    step = jit_step(make_step(bound, token_objective(sft(), sharder), optimizer, clip_norm=1.0))
+    weights = np.ones(tokens.shape, np.float32)
+    weights[:, -1] = 0
+    batch = {
+        "tokens": tokens,
+        "targets": np.roll(tokens, -1, axis=1),
+        "loss_weights": weights,
+        "segment_ids": np.ones_like(tokens),
+        "positions": np.tile(np.arange(tokens.shape[1], dtype=np.int32), (len(tokens), 1)),
+    }
+
+    def run() -> float:
+        nonlocal state
+        state, metrics = step(state, frozen, batch)
+        return float(metrics["loss"])
+
+    return run
+
+
+def torch_step(tune: str, tokens, compiled: bool):
+    """The same by transformers (and PEFT) with its default attention."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**{k: v for k, v in SMOLLM2_135M.items() if k != "model_type"}, use_cache=False)
+    model = transformers.LlamaForCausalLM(config).float().train()
+    if tune == "lora":
+        import peft
+
+        settings = peft.LoraConfig(
+            task_type="CAUSAL_LM", r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules="all-linear"
+        )
+        model = peft.get_peft_model(model, settings)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.01)
+    forward = torch.compile(model) if compiled else model
+    ids = torch.tensor(tokens, dtype=torch.long)
+
+    def run() -> float:
+        loss = forward(input_ids=ids, labels=ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    return run
+
+
+def measure(workload: str, options: argparse.Namespace) -> dict:
+    """Runs one workload in this process."""
+    import numpy as np
+
+    shape = (options.batch, options.time)
+    tokens = np.random.default_rng(0).integers(0, SMOLLM2_135M["vocab_size"], shape).astype(np.int32)
+    library, _, tune = workload.rpartition("-")
+    begin = time.perf_counter()
+    if library == "luthier":
+        run = luthier_step(tune, tokens, options.remat)
+    else:
+        run = torch_step(tune, tokens, compiled=library == "torch-compile")
+    losses = [run(), run()]  # the second warms caches and allocators
+    ready, seconds = time.perf_counter(), []
+    for _ in range(options.steps):
+        start = time.perf_counter()
+        losses.append(run())
+        seconds.append(time.perf_counter() - start)
+    peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    return {
+        "workload": workload,
+        "step_seconds": seconds,
+        "tokens_per_second": tokens.size / statistics.median(seconds),
+        "peak_gib": int(peak.split()[1]) / 2**20,
+        "start_seconds": ready - begin,
+        "first_loss": losses[0],
+        "last_loss": losses[-1],
+    }
+
+
+def measure_apart(workload: str, options: argparse.Namespace) -> dict:
+    """`measure` in a fresh process on `--cores` cores."""
+    cores = sorted(os.sched_getaffinity(0))[: options.cores]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(options.cores), "TOKENIZERS_PARALLELISM": "false"}
+    command = [sys.executable, __file__, "--worker", workload]
+    for name in ("steps", "batch", "time", "remat"):
+        command += [f"--{name}", str(getattr(options, name))]
+    done = subprocess.run(
+        command,
+        env=environment,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: os.sched_setaffinity(0, cores),
+    )
+    if done.returncode:
+        sys.exit(f"{workload} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def summary(runs: list[dict]) -> dict:
+    """Medians over the repeats of each workload, with the extremes of the speed."""
+    table = {}
+    for workload in dict.fromkeys(run["workload"] for run in runs):
+        mine = [run for run in runs if run["workload"] == workload]
+        speeds = [run["tokens_per_second"] for run in mine]
+        table[workload] = {
+            "tokens_per_second": statistics.median(speeds),
+            "slowest": min(speeds),
+            "fastest": max(speeds),
+            "peak_gib": statistics.median(run["peak_gib"] for run in mine),
+            "start_seconds": statistics.median(run["start_seconds"] for run in mine),
+            "repeats": len(mine),
+        }
+    return table
+
+
+def show(table: dict) -> None:
+    print(
+        f"{'workload':20} {'tokens/s':>9} {'range':>13} {'peak GiB':>9} {'start s':>8} {'speed × torch':>14} {'memory':>7}"
+    )
+    for workload, row in table.items():
+        plain = table.get(f"torch-{workload.rpartition('-')[2]}")
+        ratios = ("", "")
+        if plain:
+            ratios = (
+                f"{row['tokens_per_second'] / plain['tokens_per_second']:.2f}",
+                f"{row['peak_gib'] / plain['peak_gib']:.2f}",
+            )
+        span = f"{row['slowest']:.0f}–{row['fastest']:.0f}"
+        print(
+            f"{workload:20} {row['tokens_per_second']:9.1f} {span:>13} {row['peak_gib']:9.2f} "
+            f"{row['start_seconds']:8.1f} {ratios[0]:>12} {ratios[1]:>7}"
+        )
+
+
+def versions() -> dict:
+    from importlib import metadata
+
+    names = ("luthier", "jax", "jaxlib", "flax", "optax", "torch", "transformers", "peft")
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in names}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5, help="processes a workload, alternated")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps a process, after two untimed")
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--time", type=int, default=256, help="tokens a row")
+    parser.add_argument("--cores", type=int, default=2)
+    parser.add_argument("--remat", choices=("none", "dots", "full"), default="dots", help="of luthier's layers")
+    parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        print(json.dumps(measure(options.worker, options)))
+        return
+    runs = []
+    for repeat in range(options.repeats):
+        for workload in options.workloads:
+            runs.append(measure_apart(workload, options))
+            speed, peak = runs[-1]["tokens_per_second"], runs[-1]["peak_gib"]
+            print(f"{repeat + 1}/{options.repeats} {workload:20} {speed:8.1f} tokens/s {peak:6.2f} GiB", flush=True)
+    table = summary(runs)
+    show(table)
+    settings = {key: getattr(options, key) for key in ("repeats", "steps", "batch", "time", "cores", "remat")}
+    machine = {"cpu": _cpu(), "versions": versions()}
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps({**settings, **machine, "summary": table, "runs": runs}, indent=1) + "\n")
+    print(options.out)
+
+
+def _cpu() -> str:
+    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+if __name__ == "__main__":
+    main()
