@@ -105,7 +105,7 @@ def model(
       remat: which activations the backward pass recomputes: `none`, `dots` (keep matrix
         products without batch dimensions) or `full`.
       attention: `xla`, `cudnn`, `splash`, or `auto` (the fastest that fits the device).
-      dropout: rate on the residual branches and the embeddings while training.
+      dropout: rate on the outputs of attention and MLP while training.
       template: file of a Jinja chat template that replaces the model's own.
     """
     return _locked(locals())

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 
 import flax.struct
 import jax
@@ -97,11 +98,10 @@ def attend(
 ) -> Float[Array, "B T H D"]:
     """softmax(softcap(q kᵀ) + mask) v with grouped key/value heads; q comes scaled.
 
-    `auto` takes cuDNN's fused kernel on NVIDIA GPUs in half precision, else XLA's own.
+    `auto` takes cuDNN's fused kernel where there is one, else XLA's own.
     """
     if backend == "auto":
-        half = q.dtype in (jnp.bfloat16, jnp.float16)
-        backend = "cudnn" if half and softcap is None and jax.default_backend() == "gpu" else "xla"
+        backend = automatic(jax.devices()[0], q.dtype, q.shape[-1], softcap)
     if backend == "xla":
         return _xla(q, k, v, mask.dense(is_local), softcap)
     if softcap is not None:
@@ -112,6 +112,16 @@ def attend(
     if backend == "splash":
         return _splash(q, k, v, mask)
     raise LuthierError(f"unknown attention {backend!r}", where="model.attention", mend=f"Known: {', '.join(BACKENDS)}")
+
+
+def automatic(device: jax.Device, dtype: np.dtype, head_dim: int, softcap: float | None) -> str:
+    """`cudnn` on NVIDIA GPUs from Ampere on, in half precision, for heads that its kernel serves; else `xla`."""
+    capability = re.fullmatch(r"(\d+)\.\d+", str(getattr(device, "compute_capability", "")))
+    if device.platform != "gpu" or not capability or dtype not in (jnp.bfloat16, jnp.float16) or softcap is not None:
+        return "xla"
+    generation = int(capability[1])
+    largest = 256 if generation >= 9 else 128
+    return "cudnn" if generation >= 8 and head_dim <= largest and head_dim % 8 == 0 else "xla"
 
 
 def _xla(q, k, v, mask, softcap):
