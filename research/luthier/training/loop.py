@@ -111,7 +111,7 @@ def run_stage(
                 report(*pending, {})
             pending = (step, metrics)
             evaluates = stage.evaluate_every and (step % stage.evaluate_every == 0 or step == stage.steps)
-            stops = preemption.requested(step)
+            stops = preemption.requested(stage.first + step)
             if evaluates or stops or checkpoints.due(step) or step == stage.steps:
                 extra = dict(stage.evaluate(state, stage.first + step)) if evaluates else {}
                 values = report(*pending, extra)
