@@ -18,8 +18,8 @@
 # model sees it, measure what prompting alone achieves, train a low-rank adapter (LoRA) on 4,000 examples, measure
 # again on problems it has never seen, talk to the result, and write it as a directory that `transformers` loads.
 #
-# It runs on a laptop's CPU, on Colab's free GPU (a T4), and on anything larger. What one cell does here, `bash
-# launch/quickstart.sh` does in a terminal.
+# It runs on a laptop's CPU, on Colab's free GPU (a T4), and on anything larger. In a terminal
+# `bash launch/quickstart.sh` does the same.
 #
 # The model's weights come with a Python package of 93 MB, rounded to 4 bits: every number here is one of
 # **4-bit-rounded weights**, somewhat below those of the original.
@@ -28,7 +28,7 @@
 import os
 
 MODEL = os.environ.get("LUTHIER_TINY", "smollm2-135m")  # or a Hugging Face directory, a GGUF file, a hub id
-STEPS = int(os.environ.get("LUTHIER_STEPS", 80))
+STEPS = int(os.environ.get("LUTHIER_STEPS", 60))
 QUESTIONS = int(os.environ.get("LUTHIER_QUESTIONS", 200))  # of 400 held-out problems
 WORKDIR = "runs/quickstart"  # where the run is written; another one for another recipe
 SOURCE = ""  # outside a clone of the repository: what pip shall install, such as "git+https://…"
@@ -68,18 +68,15 @@ importlib.invalidate_caches()
 # %% [markdown]
 # ## The machine
 #
-# Activations are computed in bfloat16 where the hardware has it. A T4 has not: there it is float16, with a loss
-# scale that keeps small gradients from vanishing, and plain XLA attention, because cuDNN's fused kernel begins one
-# generation later. A CPU computes in float32. The trained weights are float32 in every case.
+# Activations are computed in bfloat16 where the hardware has it, on a CPU in float32. A T4 has only float16, whose
+# small gradients would vanish; the loss is scaled so that they don't. The trained weights are float32 in every case.
 
 # %%
 import jax
 
 device = jax.devices()[0]
-new_gpu = device.platform == "gpu" and float(device.compute_capability) >= 8.0
-old_gpu = device.platform == "gpu" and not new_gpu
-compute_dtype = "bfloat16" if new_gpu or device.platform == "tpu" else "float16" if old_gpu else "float32"
-attention = "xla" if old_gpu else "auto"
+is_before_ampere = device.platform == "gpu" and device.compute_capability.startswith(("6.", "7."))
+compute_dtype = "float32" if device.platform == "cpu" else "float16" if is_before_ampere else "bfloat16"
 print(f"{device.device_kind}: {compute_dtype}")
 
 # %% [markdown]
@@ -91,7 +88,7 @@ print(f"{device.device_kind}: {compute_dtype}")
 from luthier.decoding import Sampling, from_source, generate
 from luthier.weights import describe
 
-policy = from_source(MODEL, compute_dtype=compute_dtype, attention=attention)
+policy = from_source(MODEL, compute_dtype=compute_dtype)
 config = policy.bound.model.config
 NOTE = describe(MODEL).note
 print(f"{config.num_layers} layers, width {config.hidden_size}, vocabulary {config.vocab_size:,}. {NOTE}")
@@ -120,7 +117,7 @@ from luthier import config as c
 asked = {"data": TEST, "limit": QUESTIONS, "verifier": "first_integer", "max_new_tokens": 8}
 recipe = c.recipe(
     name="quickstart",
-    model=c.model(MODEL, compute_dtype=compute_dtype, attention=attention),
+    model=c.model(MODEL, compute_dtype=compute_dtype),
     stages=(
         c.stage(
             data=c.data(TRAIN),
@@ -131,8 +128,8 @@ recipe = c.recipe(
             schedule=c.spec("cosine", peak=2e-3, warmup=0.05),
         ),
     ),
-    evaluations=(c.spec("verifier", label="sums", **asked),),
-    logging=c.logging(tensorboard=False),
+    evaluations=(c.spec("verifier", label="sums-0-shot", **asked),),
+    checkpoint=c.checkpoint(every=20),
 )
 
 # %% [markdown]
@@ -157,7 +154,7 @@ print(f"{batches.counts['examples']:,} examples in {batches.rows_per_epoch:,} pa
 # %%
 from luthier.evals import evaluate
 
-shots = [c.spec("verifier", label=f"{n}-shot", shots=n, shots_from=TRAIN, **asked) for n in (4, 8)]
+shots = [c.spec("verifier", label=f"sums-{n}-shot", shots=n, shots_from=TRAIN, **asked) for n in (4, 8)]
 prompted = evaluate(policy, shots)
 for label, result in prompted.items():
     print(f"{label}: {result.value:.1%} [{result.low:.1%}, {result.high:.1%}] of {result.n}")
@@ -184,7 +181,7 @@ from luthier.reporting import evaluation_table, read_run
 rich.print(evaluation_table(read_run(run.workdir).evaluations, NOTE))
 
 # %%
-before, after = run.evaluations["before-sums"].records, run.evaluations["after-sums"].records
+before, after = run.evaluations["before-sums-0-shot"].records, run.evaluations["after-sums-0-shot"].records
 for old, new in list(zip(before, after))[:8]:
     print(f"{old['prompt']:24} {old['completion']!r:32} → {new['completion']!r}")
 
@@ -214,7 +211,7 @@ from luthier.tuners import merge
 params = merge(run.policy.bound, run.policy.variables)
 exported = run.workdir / "my-model"
 weights.export(exported, config, params, run.policy.tokenizer)
-again = from_source(exported, compute_dtype=compute_dtype, attention=attention)
+again = from_source(exported, compute_dtype=compute_dtype)
 print(sorted(path.name for path in exported.iterdir()))
 print(repr(generate(again, ["Compute 58 - 91 ="], Sampling(max_new_tokens=8))[0].text))
 
