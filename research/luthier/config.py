@@ -10,6 +10,7 @@ import ast
 import dataclasses
 import functools
 import importlib
+import importlib.machinery
 import importlib.util
 import json
 import pathlib
@@ -38,10 +39,10 @@ class Option:
 def options_of(target: str) -> Mapping[str, Option]:
     """The options of `module:function`: its keyword-only arguments, read without importing it."""
     module, _, function = target.partition(":")
-    found = importlib.util.find_spec(module) if function else None
-    if found is None or found.origin is None:
+    source = _source_file(module) if function else None
+    if source is None:
         raise LuthierError(f"no module {module!r}", where=target, mend="Write module:function")
-    tree = ast.parse(pathlib.Path(found.origin).read_text())
+    tree = ast.parse(pathlib.Path(source).read_text())
     for node in tree.body:
         if isinstance(node, ast.FunctionDef) and node.name == function:
             return {
@@ -52,6 +53,18 @@ def options_of(target: str) -> Mapping[str, Option]:
                 for arg, default in zip(node.args.kwonlyargs, node.args.kw_defaults)
             }
     raise LuthierError(f"no function {function!r} in {module}", where=target)
+
+
+def _source_file(module: str) -> str | None:
+    """Where a module's source is. `find_spec` of a dotted name would import the packages above it."""
+    top, *below = module.split(".")
+    found, name = importlib.util.find_spec(top), top
+    for part in below:
+        if found is None or found.submodule_search_locations is None:
+            return None
+        name = f"{name}.{part}"
+        found = importlib.machinery.PathFinder.find_spec(name, list(found.submodule_search_locations))
+    return found.origin if found else None
 
 
 def spec(name: str, /, **options: Any) -> ConfigDict:

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -64,11 +65,16 @@ def write_lines(path: str, records: Iterable[Mapping[str, Any]]) -> None:
     if not is_first_process():
         return
     target = epath.Path(path)
+    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    if os.path.exists(path) and not os.path.isfile(path):  # such as /dev/stdout, which a move would replace
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(text)
+        return
     if str(target.parent) not in ("", "."):
         target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.partial")
     try:
-        partial.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+        partial.write_text(text)
         partial.replace(target)
     except BaseException:
         partial.unlink(missing_ok=True)
