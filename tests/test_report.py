@@ -31,6 +31,7 @@ def demo_workdir(folder, *, stages=("sft",), evaluated=True, after=True):
     }
     manifest = {
         "config": config,
+        "data": {name: {"examples": 4000, "dropped": 3, "packing_efficiency": 0.972} for name in stages},
         "git_commit": "0123abc",
         "note": "4-bit-rounded weights",
         "git_diff": f"+ {HOSTILE}\n- b",
@@ -122,6 +123,7 @@ def test_report_of_a_whole_run(tmp_path):
     page = page_of(demo_workdir(tmp_path / "run"))
     assert page.tags.count("svg") == 10
     assert re.search(r"before\s*\d\.\d%", page.text) and "4-bit-rounded weights" in page.text
+    assert "packing efficiency" in page.text and "97.2%" in page.text and "4,000" in page.text
     assert "learnt (wrong → right)" in page.text and "points" in page.text
     assert "best of 0, 4, 8" in " ".join(page.text.split())
 

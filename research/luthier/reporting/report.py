@@ -78,6 +78,8 @@ def render(run: Run) -> str:
         samples=[(c, all_, _counts(all_), compare.chosen(all_)) for c, all_ in groups if c.after or len(groups) == 1],
         facts=_facts(run),
         stages=_stages(run),
+        data=_data(run.manifest),
+        data_names=list(dict.fromkeys(name for counts in _data(run.manifest).values() for name in counts)),
         manifest=_manifest(run.manifest),
     )
     return page.translate(_CONTROL_PICTURES).encode("utf-8", "replace").decode("utf-8")
@@ -182,7 +184,14 @@ def _training_seconds(run: Run) -> float:
     return total
 
 
+def _data(manifest: Mapping[str, Any]) -> dict[str, Mapping[str, float]]:
+    """Counts of records by stage, where the manifest has them."""
+    data = manifest.get("data")
+    return {s: counts for s, counts in data.items() if isinstance(counts, dict)} if isinstance(data, dict) else {}
+
+
 def _manifest(manifest: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Short values for a table, and the rest to unfold."""
+    manifest = {k: v for k, v in manifest.items() if k != "data"}
     short = {k: v for k, v in manifest.items() if not isinstance(v, (dict, list)) and len(str(v)) < 120}
     return short, {k: v for k, v in manifest.items() if k not in short and v not in ("", None, {}, [])}

@@ -39,6 +39,7 @@ FREE = (
     "config.stages[[]*].evaluate_every",
     "config.model.source",
     "config.stages[[]*].data*.source",
+    "data.*",  # Their fingerprints are compared.
     "command",
     "started",
     "resumed*",
@@ -65,6 +66,7 @@ class Manifest:
       config: the resolved config, plain JSON.
       fingerprints: hashes by name (`model`, `tokenizer`, `data.STAGE`), which tell other contents
         behind the same path.
+      data: what became of the records of each stage: counts by name.
       seeds: by what they fix.
       note: what a reader of the numbers must know about the model, such as "4-bit-rounded weights".
       versions: of Python and the libraries.
@@ -76,6 +78,7 @@ class Manifest:
 
     config: dict[str, Any]
     fingerprints: dict[str, str]
+    data: dict[str, dict[str, float]]
     seeds: dict[str, int]
     note: str
     versions: dict[str, str]
@@ -90,6 +93,7 @@ class Manifest:
         config: ConfigDict,
         *,
         fingerprints: Mapping[str, str],
+        data: Mapping[str, Mapping[str, float]] | None = None,
         mesh: Mapping[str, int] | None = None,
         note: str = "",
     ) -> "Manifest":
@@ -98,6 +102,7 @@ class Manifest:
         return cls(
             config=plain,
             fingerprints=dict(fingerprints),
+            data={stage: dict(counts) for stage, counts in (data or {}).items()},
             seeds={"run": plain["seed"]} if "seed" in plain else {},
             note=note,
             versions=_versions(),

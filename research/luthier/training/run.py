@@ -162,7 +162,8 @@ def prepare(config: ConfigDict, workdir: epath.Path) -> tuple[Setup, Variables]:
         _trained(stage, setup.bind(stage.tuners).tuners)
     fingerprints = {f"data.{stage.name}": made.fingerprint for stage, made in zip(config.stages, batches)}
     fingerprints |= {"model": about.fingerprint, "tokenizer": about.tokenizer.fingerprint}
-    record = manifests.Manifest.gather(config, fingerprints=fingerprints, mesh=mesh.shape, note=about.note)
+    counts = {stage.name: made.counts for stage, made in zip(config.stages, batches)}
+    record = manifests.Manifest.gather(config, fingerprints=fingerprints, data=counts, mesh=mesh.shape, note=about.note)
     manifests.start(workdir, record)
     return setup, _params(setup)
 
