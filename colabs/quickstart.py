@@ -90,8 +90,8 @@ from luthier.weights import describe
 
 policy = from_source(MODEL, compute_dtype=compute_dtype)
 config = policy.bound.model.config
-NOTE = describe(MODEL).note
-print(f"{config.num_layers} layers, width {config.hidden_size}, vocabulary {config.vocab_size:,}. {NOTE}")
+about = describe(MODEL)
+print(f"{config.num_layers} layers, width {config.hidden_size}, vocabulary {config.vocab_size:,}. {about.note}")
 print(repr(generate(policy, ["Compute 47 - 82 ="], Sampling(max_new_tokens=24))[0].text))
 
 # %% [markdown]
@@ -178,7 +178,7 @@ run = train(recipe, WORKDIR)
 # %%
 from luthier.reporting import evaluation_table, read_run
 
-rich.print(evaluation_table(read_run(run.workdir).evaluations, NOTE))
+rich.print(evaluation_table(read_run(run.workdir).evaluations, about.note))
 
 # %%
 before, after = run.evaluations["before-sums-0-shot"].records, run.evaluations["after-sums-0-shot"].records
@@ -210,7 +210,7 @@ from luthier.tuners import merge
 
 params = merge(run.policy.bound, run.policy.variables)
 exported = run.workdir / "my-model"
-weights.export(exported, config, params, run.policy.tokenizer)
+weights.export(exported, config, params, about.tokenizer, generation_config=about.generation_config)
 again = from_source(exported, compute_dtype=compute_dtype)
 print(sorted(path.name for path in exported.iterdir()))
 print(repr(generate(again, ["Compute 58 - 91 ="], Sampling(max_new_tokens=8))[0].text))
