@@ -17,7 +17,7 @@ find_python() {
 
 # install VENV ARGUMENT…: pip install, wheels only.
 install() {
-  "$1/bin/python" -m pip install --quiet --disable-pip-version-check --only-binary=:all: "${@:2}"
+  "$1/bin/python" -m pip install -qq --disable-pip-version-check --only-binary=:all: "${@:2}"
 }
 
 # make_environment VENV PYTHON EXTRAS: this checkout, editable, with extras; once for each setup.cfg.
