@@ -6,6 +6,7 @@ import re
 import subprocess
 
 import pytest
+
 from luthier import config as configs
 from luthier.errors import LuthierError
 from luthier.training import manifest as manifests

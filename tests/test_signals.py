@@ -9,6 +9,7 @@ import threading
 import time
 
 import pytest
+
 from luthier.training.signals import EXIT_PREEMPTED, Preempted, Preemption
 
 
