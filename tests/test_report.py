@@ -165,6 +165,7 @@ def _chat(folder):
     [
         ({"evaluated": False}, None, "No evaluation has been written"),
         ({"after": False}, None, "last logged step is 60 of 60"),
+        ({"after": False}, None, "completion (before)"),
         ({}, _crash, "metrics.jsonl:61: not a JSON object, left out"),
         ({}, _diverge, "nan"),
         ({}, _chat, "user: What is"),
@@ -176,7 +177,17 @@ def _chat(folder):
         ({}, lambda f: [p.unlink() for p in (f / "evaluations").glob("*.jsonl")], "points"),
     ],
     ids=[
-        *("no-evaluations", "no-after", "crash", "diverged", "chat", "two-stages", "no-manifest", "no-metrics"),
+        *(
+            "no-evaluations",
+            "no-after",
+            "samples-before",
+            "crash",
+            "diverged",
+            "chat",
+            "two-stages",
+            "no-manifest",
+            "no-metrics",
+        ),
         *("bad-manifest", "no-before", "no-records"),
     ],
 )

@@ -62,7 +62,8 @@ def render(run: Run) -> str:
     }  # fmt: skip
     found = compare.comparisons(run.evaluations)
     charts, why_not = _charts(run)
-    groups = [(c, compare.samples(c)) for c in found if c.latest.records]
+    asked = [c for c in found if c.latest.records]
+    groups = [(c, compare.samples(c)) for c in [c for c in asked if c.after] or asked[:1]]
     page = environment.get_template("template.html").render(
         style=(_FOLDER / "style.css").read_text(),
         run=run,
@@ -75,7 +76,7 @@ def render(run: Run) -> str:
         comparisons=found,
         charts=charts,
         no_charts=why_not,
-        samples=[(c, all_, _counts(all_), compare.chosen(all_)) for c, all_ in groups if c.after or len(groups) == 1],
+        samples=[(c, all_, _counts(all_), compare.chosen(all_)) for c, all_ in groups if all_],
         facts=_facts(run),
         stages=_stages(run),
         data=_data(run.manifest),
