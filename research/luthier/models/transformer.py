@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 from luthier.models import attention
 from luthier.models.cache import KVCache
 from luthier.models.config import ModelConfig
+from luthier.models.matmul import matmul
 from luthier.parallel import Sharder
 
 REMAT_POLICIES = {
@@ -43,7 +44,7 @@ class Linear(nn.Module):
         kernel = self.param(
             "kernel", nn.with_partitioning(_init, (self.in_axis, self.out_axis)), (x.shape[-1], self.features)
         )
-        y = x @ kernel.astype(self.dtype)
+        y = matmul(x, kernel.astype(self.dtype))
         if self.use_bias:
             bias = self.param("bias", nn.with_partitioning(nn.initializers.zeros, (self.out_axis,)), (self.features,))
             y += bias.astype(self.dtype)

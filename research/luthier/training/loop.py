@@ -1,8 +1,7 @@
 """The loop of one stage: batches in, updates, metrics and checkpoints out.
 
 The device never waits for the host: the step after a result is dispatched before the result is
-read. What a caller can hang on the loop is a list of functions in `Hooks`; the loop itself knows no
-method.
+read. The loop knows no method.
 """
 
 import contextlib

@@ -4,6 +4,7 @@ import flax.linen as nn
 import flax.traverse_util
 import jax.numpy as jnp
 
+from luthier.models.matmul import matmul
 from luthier.models.transformer import Linear
 from luthier.tuners.tuner import Tuner
 
@@ -39,7 +40,7 @@ def lora(
         a = site.variable(collection, "a", a_init, rng, (x.shape[-1], rank)).value
         b = site.variable(collection, "b", b_init, rng, (rank, site.features)).value
         dtype = site.dtype
-        return call(*args, **kwargs) + scale * ((x @ a.astype(dtype)) @ b.astype(dtype))
+        return call(*args, **kwargs) + scale * matmul(matmul(x, a.astype(dtype)), b.astype(dtype))
 
     def merge(params, variables):
         flat = flax.traverse_util.flatten_dict(params)
