@@ -32,7 +32,7 @@ from etils import epath
 from luthier.training.checkpoints import Checkpoints
 state = lambda step: {"a": jax.random.normal(jax.random.key(step), (40, 30)), "step": jnp.int32(step)}
 like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state(0))
-root = epath.Path("gs://bucket/run/checkpoints/sft")
+root = epath.Path("gs://bucket/alone/sft")
 with Checkpoints(root, keep_last=2, keep_best="-loss") as checkpoints:
     assert checkpoints.restore(like) is None
     for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, 2.0)):

@@ -48,9 +48,8 @@ def test_losses_are_those_of_one_process(one_process, devices, mesh):
 def test_a_signal_to_one_stops_both_and_one_process_goes_on(one_process, signalled):
     folder, config, expected = one_process
     workdir = folder / f"stopped-{signalled}"
-    runs = tiny_run.start_processes(
-        config, workdir, "mesh.fsdp=2", "mesh.data=1", devices=(1, 1), cache=folder / "cache"
-    )
+    command = tiny_run.command(config, workdir, "mesh.fsdp=2", "mesh.data=1")
+    runs = tiny_run.start_processes(command, devices=(1, 1), cache=folder / "cache")
     deadline = time.monotonic() + 200
     while not (workdir / "metrics.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.005)
