@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from luthier.errors import LuthierError
 from luthier.models.config import Rope
+from luthier.models.matmul import matmul
 
 BACKENDS = ("auto", "xla", "cudnn", "splash")
 
@@ -125,16 +126,19 @@ def automatic(device: jax.Device, dtype: np.dtype, head_dim: int, softcap: float
 
 
 def _xla(q, k, v, mask, softcap):
+    """The query heads of one key/value head are rows of one product: [B, K, T·G, D] × [B, K, D, S]."""
     batch, length, heads, dim = q.shape
-    groups = heads // k.shape[2]
-    accumulate = jnp.promote_types(q.dtype, jnp.float32)
-    q = q.reshape(batch, length, k.shape[2], groups, dim)
-    logits = jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=accumulate)
+    kv_heads = k.shape[2]
+    groups = heads // kv_heads
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    q = q.reshape(batch, length, kv_heads, groups, dim).swapaxes(1, 2).reshape(batch, kv_heads, length * groups, dim)
+    logits = matmul(q, k.transpose(0, 2, 3, 1), wide).reshape(batch, kv_heads, length, groups, -1)
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
-    logits = jnp.where(mask[:, :, None], logits, jnp.finfo(accumulate).min)
+    logits = jnp.where(mask[:, :, :, None], logits, jnp.finfo(wide).min)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    return jnp.einsum("bkgts,bskd->btkgd", weights, v).reshape(batch, length, heads, dim)
+    out = matmul(weights.reshape(batch, kv_heads, length * groups, -1), v.transpose(0, 2, 1, 3))
+    return out.reshape(batch, kv_heads, length, groups, dim).swapaxes(1, 2).reshape(batch, length, heads, dim)
 
 
 def _splash(q, k, v, mask: Mask):
