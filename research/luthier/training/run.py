@@ -80,6 +80,7 @@ def train(config: ConfigDict, workdir: epath.PathLike | None = None) -> Run:
     workdir = epath.Path(workdir if workdir is not None else tempfile.mkdtemp(prefix="luthier-"))
     setup, params = prepare(config, workdir)
     variables: Variables = {"params": params}
+    del params
     _evaluate(setup, setup.bind(()), variables, "before")
     with Preemption() as preemption, contextlib.ExitStack() as open_files:
         writer, first = None, 0
@@ -94,6 +95,7 @@ def train(config: ConfigDict, workdir: epath.PathLike | None = None) -> Run:
             checkpoints = open_files.enter_context(_checkpoints(setup, stage))
             options = {"ema": bool(stage.ema), "loss_scale": config.model.compute_dtype == "float16"}
             state, start = _restored(checkpoints, trainable, optimizer, setup.sharder, options)
+            del trainable  # A resumed run would hold the weights it started from as well.
             if start < stage.steps:
                 if writer is None:
                     writer = open_files.enter_context(_writer(setup, first + start))
@@ -110,7 +112,7 @@ def train(config: ConfigDict, workdir: epath.PathLike | None = None) -> Run:
                 )
             first += stage.steps
             variables = {**frozen, **(state.ema if stage.ema else state.trainable)}
-            del state, trainable, frozen
+            del state, frozen
     _save_result(setup, bound, variables)
     _evaluate(setup, bound, variables, "after")
     return Run(workdir, config, setup.policy(bound, variables), read_results(workdir))
