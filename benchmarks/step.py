@@ -179,9 +179,7 @@ def summary(runs: list[dict]) -> dict:
 
 
 def show(table: dict) -> None:
-    print(
-        print(f"{'':20} {'tokens/s':>9} {'range':>13} {'peak GiB':>9} {'start s':>8} {'speed/torch':>12} {'memory':>7}")
-    )
+    print(f"{'':20} {'tokens/s':>9} {'range':>13} {'peak GiB':>9} {'start s':>8} {'speed/torch':>12} {'memory':>7}")
     for workload, row in table.items():
         plain = table.get(f"torch-{workload.rpartition('-')[2]}")
         ratios = ("", "")

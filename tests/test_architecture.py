@@ -17,8 +17,7 @@ import pytest
 
 import luthier
 from luthier import config, methods
-from luthier.models import FAMILIES, Transformer, attention
-from luthier.models.transformer import REMAT_POLICIES
+from luthier.models import FAMILIES, Transformer, attention, remat
 
 ROOT = pathlib.Path(__file__).parents[1]
 SOURCE = ROOT / "research" / "luthier"
@@ -140,7 +139,7 @@ def test_models_page_lists_the_sites_of_the_model():
 
 
 def test_models_page_lists_families_policies_and_backends():
-    parts = {"Families": FAMILIES, "Rematerialisation": REMAT_POLICIES, "Attention": attention.BACKENDS}
+    parts = {"Families": FAMILIES, "Rematerialisation": remat.POLICIES, "Attention": attention.BACKENDS}
     assert {part: names([row[0] for row in table("models.md", part)]) for part in parts} == {
         part: set(true) for part, true in parts.items()
     }

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from luthier.errors import LuthierError
 from luthier.models.config import Rope
-from luthier.models.matmul import matmul
+from luthier.models.remat import saved
 
 BACKENDS = ("auto", "xla", "cudnn", "splash")
 
@@ -129,16 +129,68 @@ def _xla(q, k, v, mask, softcap):
     """The query heads of one key/value head are rows of one product: [B, K, T·G, D] × [B, K, D, S]."""
     batch, length, heads, dim = q.shape
     kv_heads = k.shape[2]
-    groups = heads // kv_heads
-    wide = jnp.promote_types(q.dtype, jnp.float32)
-    q = q.reshape(batch, length, kv_heads, groups, dim).swapaxes(1, 2).reshape(batch, kv_heads, length * groups, dim)
-    logits = matmul(q, k.transpose(0, 2, 3, 1), wide).reshape(batch, kv_heads, length, groups, -1)
+    q = q.reshape(batch, length, kv_heads, -1, dim).swapaxes(1, 2).reshape(batch, kv_heads, -1, dim)
+    out = _softmax_product(q, k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), mask, softcap)
+    return out.reshape(batch, kv_heads, length, -1, dim).swapaxes(1, 2).reshape(batch, length, heads, dim)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _softmax_product(
+    q: Float[Array, "B K TG D"],
+    k: Float[Array, "B K D S"],
+    v: Float[Array, "B K S D"],
+    mask: Bool[Array, "B 1 T S"],
+    softcap: float | None,
+) -> Float[Array, "B K TG D"]:
+    """softmax(q k) v, whose derivative needs the softmax's maxima and sums but not its matrix.
+
+    With p the softmax and o the result: dv = pᵀ do and d(q k) = p ⊙ (do vᵀ − Σ_d do ⊙ o), as in
+    FlashAttention (arXiv 2205.14135), here without tiles.
+    """
+    return _softmax_product_forward(q, k, v, mask, softcap)[0]
+
+
+def _logits(q, k, mask, softcap):
+    logits = _batched(q, k, jnp.promote_types(q.dtype, jnp.float32))
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
-    logits = jnp.where(mask[:, :, :, None], logits, jnp.finfo(wide).min)
-    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    out = matmul(weights.reshape(batch, kv_heads, length * groups, -1), v.transpose(0, 2, 1, 3))
-    return out.reshape(batch, kv_heads, length, groups, dim).swapaxes(1, 2).reshape(batch, length, heads, dim)
+    return jnp.where(_rows(mask, q), logits, jnp.finfo(logits.dtype).min), logits
+
+
+def _softmax_product_forward(q, k, v, mask, softcap):
+    logits, _ = _logits(q, k, mask, softcap)
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    weights = jnp.exp(logits - top)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    out = (_batched(weights.astype(v.dtype), v, logits.dtype) / total).astype(v.dtype)
+    out, top, total = saved(out), saved(top), saved(total)
+    return out, (q, k, v, mask, out, top, total)
+
+
+def _softmax_product_backward(softcap, residuals, g):
+    q, k, v, mask, out, top, total = residuals
+    logits, capped = _logits(q, k, mask, softcap)
+    weights = jnp.exp(logits - top) / total
+    dv = _batched(g.swapaxes(-1, -2), weights.astype(v.dtype)).swapaxes(-1, -2)
+    shift = jnp.sum(g.astype(logits.dtype) * out, axis=-1, keepdims=True)
+    dlogits = jnp.where(_rows(mask, q), weights * (_batched(g, v.swapaxes(-1, -2), logits.dtype) - shift), 0)
+    if softcap is not None:
+        dlogits *= 1 - (capped / softcap) ** 2
+    dlogits = dlogits.astype(q.dtype)
+    return _batched(dlogits, k.swapaxes(-1, -2)), _batched(q.swapaxes(-1, -2), dlogits), dv, None
+
+
+_softmax_product.defvjp(_softmax_product_forward, _softmax_product_backward)
+
+
+def _batched(x, y, dtype=None):
+    """x y for each batch row and head."""
+    return jax.lax.dot_general(x, y, (((3,), (2,)), ((0, 1), (0, 1))), preferred_element_type=dtype)
+
+
+def _rows(mask: Bool[Array, "B 1 T S"], q) -> Bool[Array, "B 1 TG S"]:
+    """The mask of every query head of one key/value head."""
+    return jnp.repeat(mask, q.shape[2] // mask.shape[2], axis=2)
 
 
 def _splash(q, k, v, mask: Mask):

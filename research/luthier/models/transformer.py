@@ -19,13 +19,8 @@ from luthier.models import attention
 from luthier.models.cache import KVCache
 from luthier.models.config import ModelConfig
 from luthier.models.matmul import matmul
+from luthier.models.remat import POLICIES, saved
 from luthier.parallel import Sharder
-
-REMAT_POLICIES = {
-    "none": jax.checkpoint_policies.everything_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
 
 _init = nn.initializers.normal(0.02)
 
@@ -125,9 +120,9 @@ class Attention(nn.Module):
         index, is_local = layer
         linear = functools.partial(Linear, dtype=self.dtype, use_bias=c.attention_bias)
         split = lambda y, heads: y.reshape(*y.shape[:2], heads, c.head_dim)  # noqa: E731
-        q = split(linear(c.num_heads * c.head_dim, "embed", "heads", name="q")(x), c.num_heads)
-        k = split(linear(c.num_kv_heads * c.head_dim, "embed", "kv_heads", name="k")(x), c.num_kv_heads)
-        v = split(linear(c.num_kv_heads * c.head_dim, "embed", "kv_heads", name="v")(x), c.num_kv_heads)
+        q = split(saved(linear(c.num_heads * c.head_dim, "embed", "heads", name="q")(x)), c.num_heads)
+        k = split(saved(linear(c.num_kv_heads * c.head_dim, "embed", "kv_heads", name="k")(x)), c.num_kv_heads)
+        v = split(saved(linear(c.num_kv_heads * c.head_dim, "embed", "kv_heads", name="v")(x)), c.num_kv_heads)
         q, k, v = (
             self.sharder(y, "batch", "time", axis, None) for y, axis in ((q, "heads"), (k, "kv_heads"), (v, "kv_heads"))
         )
@@ -147,7 +142,7 @@ class Attention(nn.Module):
         heads = Attend(self.backend, c.attention_softcap, name="attend")(q, k, v, context.mask, is_local)
         heads = Hook(name="heads")(heads)
         out = Linear(c.hidden_size, "heads", "embed", c.output_bias, self.dtype, name="o")
-        return out(heads.reshape(*heads.shape[:2], -1)), cache
+        return saved(out(heads.reshape(*heads.shape[:2], -1))), cache
 
 
 class MLP(nn.Module):
@@ -161,9 +156,10 @@ class MLP(nn.Module):
         c = self.config
         linear = functools.partial(Linear, dtype=self.dtype, use_bias=c.mlp_bias)
         activation = jax.nn.silu if c.activation == "silu" else functools.partial(jax.nn.gelu, approximate=True)
-        gate = linear(c.intermediate_size, "embed", "mlp", name="gate")(x)
-        inner = Hook(name="inner")(activation(gate) * linear(c.intermediate_size, "embed", "mlp", name="up")(x))
-        return linear(c.hidden_size, "mlp", "embed", name="down")(inner)
+        gate = saved(linear(c.intermediate_size, "embed", "mlp", name="gate")(x))
+        up = saved(linear(c.intermediate_size, "embed", "mlp", name="up")(x))
+        inner = Hook(name="inner")(activation(gate) * up)
+        return saved(linear(c.hidden_size, "mlp", "embed", name="down")(inner))
 
 
 class Block(nn.Module):
@@ -236,7 +232,7 @@ class Transformer(nn.Module):
     Attributes:
       config: the shape.
       dtype: of activations; parameters are float32 when initialised here, else as loaded.
-      remat: a key of REMAT_POLICIES.
+      remat: a key of `remat.POLICIES`.
       attention: a name of `attention.BACKENDS`.
       dropout: rate, active only when a call gets `token_ids`.
     """
@@ -251,7 +247,7 @@ class Transformer(nn.Module):
     def setup(self):
         block = Block
         if self.remat != "none":
-            block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+            block = nn.remat(Block, policy=POLICIES[self.remat], prevent_cse=False)
         layers = nn.scan(
             block,
             variable_axes={True: 0},

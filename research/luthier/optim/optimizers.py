@@ -20,7 +20,32 @@ def adamw(
       first_moment_dtype: dtype of the first moment, such as `bfloat16`; None keeps the weights'.
     """
     dtype = None if first_moment_dtype is None else jnp.dtype(first_moment_dtype)
-    return optax.adamw(learning_rate, b1, b2, eps, mu_dtype=dtype, weight_decay=weight_decay, mask=decays)
+    return optax.chain(
+        _scale_by_adam(b1, b2, eps, dtype),
+        optax.add_decayed_weights(weight_decay, decays),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def _scale_by_adam(b1: float, b2: float, eps: float, first_moment_dtype) -> optax.GradientTransformation:
+    """`optax.scale_by_adam`, whose update is computed from the new moments as they lie in memory.
+
+    Otherwise XLA computes the new moments twice, once to keep them and once within the update, and
+    the second reading of the old ones costs a copy of both on a CPU.
+    """
+    adam = optax.scale_by_adam(b1, b2, eps, mu_dtype=first_moment_dtype)
+    if first_moment_dtype is not None:  # the update takes the first moment before it is rounded
+        return adam
+
+    def update(grads, state, params=None):
+        _, state = adam.update(grads, state, params)
+        mu, nu = jax.lax.optimization_barrier((state.mu, state.nu))
+        mean = optax.tree.bias_correction(mu, b1, state.count)
+        square = optax.tree.bias_correction(nu, b2, state.count)
+        updates = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mean, square)
+        return updates, state._replace(mu=mu, nu=nu)
+
+    return optax.GradientTransformation(adam.init, update)
 
 
 def adafactor(

@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 from etils import epath
 from jax.sharding import NamedSharding
 
@@ -39,7 +38,6 @@ class Stage:
       step: the compiled step.
       batches: where rows come from.
       sharding: of a `[batch, time]` array.
-      schedule: learning rate by step of this stage, for the metrics.
       log_every, evaluate_every: cadence in steps; `evaluate_every` 0 means never.
       evaluate: `(state, step) -> metrics`, run during training.
     """
@@ -50,7 +48,6 @@ class Stage:
     step: Step
     batches: Batches
     sharding: NamedSharding
-    schedule: optax.Schedule
     log_every: int = 1
     evaluate_every: int = 0
     evaluate: Callable[[TrainState, int], Mapping[str, float]] | None = None
@@ -90,7 +87,6 @@ def run_stage(
             tokens += seen
             values |= {
                 "stage": stage.name,
-                "learning_rate": float(stage.schedule(step - 1)),
                 "num_tokens": tokens,
                 "epoch": stage.batches.epoch(step),
                 **throughput.measure(1, seen),

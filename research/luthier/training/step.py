@@ -22,6 +22,7 @@ def make_step(
     objective: Objective,
     optimizer: optax.GradientTransformation,
     *,
+    schedule: optax.Schedule | None = None,
     micro_batches: int = 1,
     clip_norm: float = 0.0,
     ema: float = 0.0,
@@ -35,6 +36,7 @@ def make_step(
     of finding it, and only a loss that is not finite counts.
 
     Args:
+      schedule: the optimiser's learning rate by step, for the metric `learning_rate`.
       micro_batches: the batch is run in so many equal parts, one after another.
       clip_norm: largest global norm of the gradient; 0 switches clipping off.
       ema: decay of the moving average; 0 if the state has none.
@@ -45,26 +47,33 @@ def make_step(
     def step(state: TrainState, frozen: Variables, batch: Batch) -> tuple[TrainState, Metrics]:
         scale = 1.0 if state.loss_scale is None else state.loss_scale.factor
         loss, grads, metrics = gradients(state.trainable, frozen, batch, state.step, scale)
-        norm = optax.global_norm(grads)
-        if clip_norm:
-            grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-30)), grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+        norm = optax.tree.norm(grads)
+        clip = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-30)) if clip_norm else 1.0
         is_finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         acts = is_finite & (objective.count(batch) > 0)
-        keep = lambda new, old: jnp.where(acts, new, old)  # noqa: E731
-        trainable = jax.tree.map(lambda p, u: keep(p + u.astype(p.dtype), p), state.trainable, updates)
-        average = state.ema
-        if ema:
-            average = jax.tree.map(lambda a, p: keep(ema * a + (1 - ema) * p, a), state.ema, trainable)
-        new = TrainState(state.step + 1, trainable, jax.tree.map(keep, opt_state, state.opt_state), average)
+
+        def update(trainable, opt_state, average):
+            updates, opt_state = optimizer.update(jax.tree.map(lambda g: g * clip, grads), opt_state, trainable)
+            trainable = jax.tree.map(lambda p, u: p + u.astype(p.dtype), trainable, updates)
+            if ema:
+                average = jax.tree.map(lambda a, p: ema * a + (1 - ema) * p, average, trainable)
+            return (trainable, opt_state, average), optax.tree.norm(updates).astype(norm.dtype)
+
+        # A branch rather than a select of every number: the update is made in place.
+        (trainable, opt_state, average), update_norm = jax.lax.cond(
+            acts, update, lambda *old: (old, jnp.zeros_like(norm)), state.trainable, state.opt_state, state.ema
+        )
+        new = TrainState(state.step + 1, trainable, opt_state, average)
         if state.loss_scale is not None:
             new = new.replace(loss_scale=state.loss_scale.after(~is_finite))
             metrics["loss_scale"] = scale
             is_finite = jnp.isfinite(loss) & (scale >= 1)
+        if schedule is not None:
+            metrics["learning_rate"] = jnp.asarray(schedule(state.step))
         metrics |= {
             "loss": loss,
             "grad_norm": norm,
-            "update_norm": jnp.where(acts, optax.global_norm(updates), 0),
+            "update_norm": update_norm,
             "num_tokens": jnp.sum(batch["segment_ids"] > 0),
             "is_finite": is_finite,
         }

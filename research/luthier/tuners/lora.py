@@ -5,6 +5,7 @@ import flax.traverse_util
 import jax.numpy as jnp
 
 from luthier.models.matmul import matmul
+from luthier.models.remat import saved
 from luthier.models.transformer import Linear
 from luthier.tuners.tuner import Tuner
 
@@ -40,7 +41,8 @@ def lora(
         a = site.variable(collection, "a", a_init, rng, (x.shape[-1], rank)).value
         b = site.variable(collection, "b", b_init, rng, (rank, site.features)).value
         dtype = site.dtype
-        return call(*args, **kwargs) + scale * matmul(matmul(x, a.astype(dtype)), b.astype(dtype))
+        low = scale * saved(matmul(x, a.astype(dtype)))
+        return call(*args, **kwargs) + matmul(low, b.astype(dtype))
 
     def merge(params, variables):
         flat = flax.traverse_util.flatten_dict(params)
