@@ -5,7 +5,8 @@
 SmolLM2-135M's shapes with random weights, batch 4 × 256 without padding, float32, AdamW, on a few CPU
 cores. `sft` trains every weight; `lora` trains rank 16 on all linear maps (PEFT on torch's side). Every measurement
 is a process of its own, so its peak memory (VmHWM, compilation included) and caches are its own; workloads
-alternate, so that a slow spell of the machine hits all of them. Reported are medians over the
+alternate, so that a slow spell of the machine hits all of them. `products` runs luthier's matrix products of
+that step and nothing else: what no step of the same arithmetic can beat. Reported are medians over the
 repeats of each process's median step. Linux only (/proc).
 """
 
@@ -19,7 +20,8 @@ import subprocess
 import sys
 import time
 
-WORKLOADS = ("luthier-sft", "torch-sft", "torch-compile-sft", "luthier-lora", "torch-lora", "torch-compile-lora")
+TUNES, LIBRARIES = ("sft", "lora"), ("luthier", "torch", "torch-compile", "products")
+WORKLOADS = tuple(f"{library}-{tune}" for tune in TUNES for library in LIBRARIES)
 SMOLLM2_135M = {
     "model_type": "llama",
     "vocab_size": 49152,
@@ -112,6 +114,52 @@ def torch_step(tune: str, tokens, compiled: bool):
     return run
 
 
+def products_step(tune: str, tokens):
+    """The matrix products of luthier's step, each in its shape and as often, by XLA."""
+    import jax
+    import jax.numpy as jnp
+
+    c, rows = SMOLLM2_135M, tokens.size
+    width, layers, vocabulary = c["hidden_size"], c["num_hidden_layers"], c["vocab_size"]
+    groups = c["num_attention_heads"] // c["num_key_value_heads"]
+    head = width // c["num_attention_heads"]
+    narrow = head * c["num_key_value_heads"]
+    linear = 2 * [(width, width)] + 2 * [(width, narrow)] + 2 * [(width, c["intermediate_size"])]
+    linear += [(c["intermediate_size"], width)]
+    dots = []  # (batch, m, k, n), and how often
+
+    def product(n, k, m, times, parts):
+        """x W, its derivative in x, and that in W, as far as named."""
+        shapes = {"forward": (1, n, k, m), "x": (1, n, m, k), "w": (1, min(k, m), n, max(k, m))}
+        dots.extend((shapes[part], times) for part in parts)
+
+    for k, m in linear:
+        product(rows, k, m, layers, ("forward", "x", "w") if tune == "sft" else ("forward", "x"))
+        if tune == "lora":
+            product(rows, k, RANK, layers, ("forward", "x", "w"))
+            product(rows, RANK, m, layers, ("forward", "x", "w"))
+    chunk = 256  # rows of the fused head at this vocabulary
+    parts = ("forward", "x", "w") if tune == "sft" else ("forward", "x")
+    product(chunk, width, vocabulary, rows // chunk, parts)
+    batch, length = tokens.shape
+    per_head = (batch * c["num_key_value_heads"], groups * length)
+    dots.append(((*per_head, head, length), 3 * layers))  # q k twice, do v
+    dots.append(((*per_head, length, head), 2 * layers))  # p v, dp k
+    dots.append(((per_head[0], head, per_head[1], length), 2 * layers))  # q dp, do p
+    multiply = jax.jit(lambda old, a, b: a @ b, donate_argnums=0, keep_unused=True)
+    operands = [(jnp.ones((b, m, k)), jnp.ones((b, k, n)), times) for (b, m, k, n), times in dots]
+
+    def run() -> float:
+        for a, b, times in operands:
+            out = jnp.zeros((a.shape[0], a.shape[1], b.shape[2]))
+            for _ in range(times):
+                out = multiply(out, a, b)
+            out.block_until_ready()
+        return 0.0
+
+    return run
+
+
 def measure(workload: str, options: argparse.Namespace) -> dict:
     """Runs one workload in this process."""
     import numpy as np
@@ -122,6 +170,8 @@ def measure(workload: str, options: argparse.Namespace) -> dict:
     begin = time.perf_counter()
     if library == "luthier":
         run = luthier_step(tune, tokens, options.remat)
+    elif library == "products":
+        run = products_step(tune, tokens)
     else:
         run = torch_step(tune, tokens, compiled=library == "torch-compile")
     losses = [run(), run()]  # the second warms caches and allocators

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 
 import pytest
 import tiny_run
@@ -18,8 +19,36 @@ def _lines(*records):
     return "".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records)
 
 
-# name: (files written beforehand, command line, what the one line must say). FOLDER is the test's own
-# folder, which holds a tiny model in FOLDER/model and its recipe in FOLDER/config.py.
+def _config(**changes):
+    """A change of a model's config.json."""
+
+    def change(model: pathlib.Path):
+        file = model / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    return change
+
+
+def _cut(model: pathlib.Path):
+    """Half of the weights, as an interrupted copy leaves them."""
+    file = model / "model.safetensors"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def _fewer_rows(model: pathlib.Path):
+    """A tokenizer that knows one token more than the embedding has rows."""
+    rows = json.loads((model / "config.json").read_text())["vocab_size"]
+    file = model / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    tokenizer["added_tokens"].append({"id": rows, "content": "<one more>", **flags})
+    file.write_text(json.dumps(tokenizer))
+
+
+CHAT = _lines({"messages": [{"role": "user", "content": "1 + 1 ="}, {"role": "assistant", "content": "2"}]})
+
+# name: (files written beforehand, or a change to a copy of the model; command line, what the one line must
+# say). FOLDER is the test's own folder, which holds a tiny model in FOLDER/model and its recipe in FOLDER/config.py.
 CASES = {
     "unknown command": ({}, ["trian"], ["invalid choice: 'trian'", "train"]),
     "unknown argument": ({}, ["train", "--workdri=w", QUICKSTART], ["--workdri=w", "Did you mean '--workdir'"]),
@@ -97,6 +126,31 @@ CASES = {
         ["train", "--config=FOLDER/config.py", "--workdir=FOLDER/w"],
         ["data.jsonl:2", "truncation"],
     ),
+    "unsupported model type": (
+        {"changed": _config(model_type="mamba")},
+        ["train", "--config=FOLDER/config.py", "--workdir=FOLDER/w", "--config.model.source=FOLDER/changed"],
+        ["changed", "mamba", "llama"],
+    ),
+    "more tokens than embedding rows": (
+        {"changed": _fewer_rows},
+        ["train", "--config=FOLDER/config.py", "--workdir=FOLDER/w", "--config.model.source=FOLDER/changed"],
+        ["the tokenizer has", "the embedding"],
+    ),
+    "truncated safetensors": (
+        {"changed": _cut},
+        ["train", "--config=FOLDER/config.py", "--workdir=FOLDER/w", "--config.model.source=FOLDER/changed"],
+        ["model.safetensors", "truncated"],
+    ),
+    "template that reaches Python internals": (
+        {"data.jsonl": CHAT, "bad.jinja": "{{ ''.__class__.__mro__[1].__subclasses__() }}"},
+        ["train", "--config=FOLDER/config.py", "--workdir=FOLDER/w", "--config.model.template=FOLDER/bad.jinja"],
+        ["data.jsonl:1", "Python internals", "__class__", "model.template"],
+    ),
+    "full disk": (
+        {"in.jsonl": _lines(PAIR), ".out.jsonl.partial": pathlib.Path("/dev/full")},
+        ["score", "--model=FOLDER/model", "--input=FOLDER/in.jsonl", "--output=FOLDER/out.jsonl"],
+        ["out.jsonl", "disk is full", "Free some space"],
+    ),
     "mesh does not divide the devices": (
         {},
         ["train", "--config=FOLDER/config.py", "--workdir=FOLDER/w", "--config.mesh.tensor=3"],
@@ -154,8 +208,14 @@ def tiny(tmp_path_factory):
 def test_one_clear_line(files, words, expected, tiny, capsys, monkeypatch):
     monkeypatch.setenv("LUTHIER_CACHE", str(tiny / "cache"))
     before = (tiny / "data.jsonl").read_text()
-    for name, text in files.items():
-        (tiny / name).write_text(text)
+    for name, content in files.items():
+        if callable(content):
+            shutil.copytree(tiny / "model", tiny / name, dirs_exist_ok=True)
+            content(tiny / name)
+        elif isinstance(content, pathlib.Path):
+            (tiny / name).symlink_to(content)
+        else:
+            (tiny / name).write_text(content)
     here = lambda text: text.replace("FOLDER", str(tiny))  # noqa: E731
     try:
         code = cli.main([here(word) for word in words])
@@ -166,6 +226,25 @@ def test_one_clear_line(files, words, expected, tiny, capsys, monkeypatch):
     for part in expected:
         assert here(part) in errors[0]
     assert not (tiny / "out.jsonl").exists() and not (tiny / "w" / "metrics.jsonl").exists()
+
+
+def test_a_half_written_checkpoint_falls_back_and_says_so(tiny, tmp_path, capsys):
+    words = ["train", f"--config={tiny}/config.py", f"--workdir={tmp_path}/w", "--config.checkpoint.every=1"]
+    words += ["--config.stages[0].steps=3"]
+    assert cli.main(words) == 0
+    metrics = (tmp_path / "w" / "metrics.jsonl").read_text()
+    last = tmp_path / "w" / "checkpoints" / "sft" / "3"
+    largest = max((p for p in last.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+    capsys.readouterr()
+    assert cli.main(words) == 0
+    assert "checkpoint is broken" in (said := capsys.readouterr().err) and "going back to step 2" in said
+    again = (tmp_path / "w" / "metrics.jsonl").read_text()
+    kept = [
+        [{k: v for k, v in json.loads(line).items() if "/" not in k} for line in text.splitlines()]
+        for text in (metrics, again)
+    ]
+    assert kept[0] == kept[1] and len(kept[0]) == 3
 
 
 def test_debug_shows_the_traceback():

@@ -76,6 +76,8 @@ def write_lines(path: str, records: Iterable[Mapping[str, Any]]) -> None:
     try:
         partial.write_text(text)
         partial.replace(target)
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = str(target)  # a full disk is found by a write, which knows no name
         raise
