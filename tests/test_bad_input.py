@@ -193,7 +193,7 @@ CASES = {
         ["--task.shot", "Did you mean 'shots'"],
     ),
     "dotted argument elsewhere": ({}, ["report", "w", "--config.seed=1"], ["takes no --config.KEY"]),
-    "not a workdir": ({}, ["report", "FOLDER/w"], ["FOLDER/w", "no such workdir"]),
+    "not a workdir": ({}, ["report", "FOLDER/nowhere"], ["FOLDER/nowhere", "no such workdir"]),
 }
 
 
