@@ -1,4 +1,5 @@
-"""`attention=auto` takes cuDNN's kernel only where cuDNN has one (limits as in JAX's check_is_flash_attention)."""
+"""`attention=auto` takes splash on TPUs, and cuDNN's kernel only where cuDNN has one (limits as in JAX's
+check_is_flash_attention)."""
 
 import types
 
@@ -12,7 +13,7 @@ from luthier.models import attention
     "platform, capability, dtype, head_dim, softcap, chosen",
     [
         ("cpu", None, jnp.bfloat16, 64, None, "xla"),
-        ("tpu", None, jnp.bfloat16, 64, None, "xla"),
+        ("tpu", None, jnp.bfloat16, 64, 50.0, "splash"),
         ("gpu", "8.0", jnp.bfloat16, 64, None, "cudnn"),
         ("gpu", "8.9", jnp.float16, 128, None, "cudnn"),
         ("gpu", "10.0", jnp.bfloat16, 256, None, "cudnn"),

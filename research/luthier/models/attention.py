@@ -8,13 +8,18 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from luthier.errors import LuthierError
 from luthier.models.config import Rope
 from luthier.models.remat import saved
+from luthier.parallel import Sharder
 
 BACKENDS = ("auto", "xla", "cudnn", "splash")
+SPLASH_TILE = 128  # lanes of a TPU: the kernel's smallest tile of time
+SPLASH_BLOCK = 512  # its largest one here
 
 
 def inverse_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
@@ -96,27 +101,38 @@ def attend(
     mask: Mask,
     is_local: Bool[Array, ""],
     softcap: float | None,
+    sharder: Sharder,
 ) -> Float[Array, "B T H D"]:
     """softmax(softcap(q kᵀ) + mask) v with grouped key/value heads; q comes scaled.
 
-    `auto` takes cuDNN's fused kernel where there is one, else XLA's own.
+    `auto` takes the fused kernel of the device where there is one that serves this call, else XLA's own.
+    `splash` serves whole rows: calls with a cache or a prefix take XLA's.
     """
     if backend == "auto":
-        backend = automatic(jax.devices()[0], q.dtype, q.shape[-1], softcap)
+        backend = automatic(sharder.device(), q.dtype, q.shape[-1], softcap)
+        if backend == "splash" and q.shape[1] % (SPLASH_TILE * sharder.size("sequence")):
+            backend = "xla"
+    if backend == "splash" and (not mask.plain or q.shape[1] == 1):
+        backend = "xla"
     if backend == "xla":
         return _xla(q, k, v, mask.dense(is_local), softcap)
-    if softcap is not None:
-        raise LuthierError(f"attention={backend!r} has no soft cap", where="model.attention", mend="Use 'xla'")
+    if backend == "splash":
+        return _splash(q, k, v, mask, is_local, softcap, sharder)
     if backend == "cudnn":
+        if softcap is not None:
+            raise LuthierError("attention='cudnn' has no soft cap", where="model.attention", mend="Use 'xla'")
         dense = mask.dense(is_local)
         return jax.nn.dot_product_attention(q, k, v, mask=dense, scale=1.0, implementation="cudnn")
-    if backend == "splash":
-        return _splash(q, k, v, mask)
     raise LuthierError(f"unknown attention {backend!r}", where="model.attention", mend=f"Known: {', '.join(BACKENDS)}")
 
 
 def automatic(device: jax.Device, dtype: np.dtype, head_dim: int, softcap: float | None) -> str:
-    """`cudnn` on NVIDIA GPUs from Ampere on, in half precision, for heads that its kernel serves; else `xla`."""
+    """The fused kernel of the device, else `xla`.
+
+    `splash` on TPUs; `cudnn` on NVIDIA GPUs from Ampere on, in half precision, for heads that its kernel serves.
+    """
+    if device.platform == "tpu":
+        return "splash"
     capability = re.fullmatch(r"(\d+)\.\d+", str(getattr(device, "compute_capability", "")))
     if device.platform != "gpu" or not capability or dtype not in (jnp.bfloat16, jnp.float16) or softcap is not None:
         return "xla"
@@ -193,20 +209,67 @@ def _rows(mask: Bool[Array, "B 1 T S"], q) -> Bool[Array, "B 1 TG S"]:
     return jnp.repeat(mask, q.shape[2] // mask.shape[2], axis=2)
 
 
-def _splash(q, k, v, mask: Mask):
-    """JAX's splash attention for TPU; causal within segments, all layers global."""
+def _splash(q, k, v, mask: Mask, is_local, softcap, sharder: Sharder):
+    """JAX's flash attention for TPU, causal within segments (arXiv 2205.14135).
+
+    On a mesh each device runs the kernel on its rows and heads; where time is split, on its queries
+    and everybody's keys and values.
+    """
+    if q.shape[1] % (SPLASH_TILE * sharder.size("sequence")):
+        raise LuthierError(
+            f"attention='splash' needs a sequence length that {SPLASH_TILE * sharder.size('sequence')} divides, "
+            f"not {q.shape[1]}",
+            where="stage.sequence_length",
+        )
+    tensor = sharder.size("tensor")
+    if k.shape[2] % tensor:  # replicated: as many copies as there are parts
+        k, v = (jnp.repeat(x, tensor // k.shape[2], axis=2) for x in (k, v))
+    run = functools.partial(_splash_kernel, softcap=softcap, sharder=sharder)
+    arguments = (*(x.swapaxes(1, 2) for x in (q, k, v)), mask.query_segments, mask.key_segments)
+    if mask.local is None:
+        out = run(None, *arguments)
+    else:
+        out = jax.lax.cond(is_local, functools.partial(run, mask.window), functools.partial(run, None), *arguments)
+    return out.swapaxes(1, 2)
+
+
+def _splash_kernel(window, q, k, v, query_segments, key_segments, *, softcap, sharder: Sharder):
+    """The kernel over `[B, H, T, D]`, made for this length, window and mesh."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    if not mask.plain or mask.local is not None:
-        raise LuthierError(
-            "attention='splash' serves plain causal training only", where="model.attention", mend="Use 'xla'"
-        )
-    heads, length = q.shape[2], q.shape[1]
-    causal = masks.MultiHeadMask([masks.CausalMask((length, length))] * heads)
-    kernel = splash.make_splash_mha(causal, head_shards=1, q_seq_shards=1)
-    k, v = (jnp.repeat(x, heads // k.shape[2], axis=2) for x in (k, v))
-    one = functools.partial(jax.vmap, in_axes=(0, 0, 0, 0))
-    segments = splash.SegmentIds(mask.query_segments, mask.key_segments)
-    out = one(lambda q, k, v, s: kernel(q, k, v, segment_ids=s))(*(x.swapaxes(1, 2) for x in (q, k, v)), segments)
-    return out.swapaxes(1, 2)
+    parts, length = sharder.size("sequence"), q.shape[2]
+    shape = (length, length)
+    one = masks.CausalMask(shape, shard_count=parts)
+    if window is not None:
+        one = masks.LocalMask(shape, (window - 1, 0), 0, shard_count=parts)
+    rows, columns = math.gcd(length // parts, SPLASH_BLOCK), math.gcd(length, SPLASH_BLOCK)
+    kernel = splash.make_splash_mha(
+        masks.MultiHeadMask([one] * (q.shape[1] // sharder.size("tensor"))),
+        block_sizes=splash.BlockSizes(
+            **dict.fromkeys(("block_q", "block_q_dkv", "block_q_dq"), rows),
+            **dict.fromkeys(("block_kv", "block_kv_compute", "block_kv_dq"), columns),
+            **dict.fromkeys(("block_kv_dkv", "block_kv_dkv_compute"), columns),
+        ),
+        attn_logits_soft_cap=softcap,
+        residual_checkpoint_name="saved",
+        head_shards=1,
+        q_seq_shards=parts,
+        interpret=sharder.device().platform != "tpu",
+    )
+
+    def run(kernel, q, k, v, query_segments, key_segments):
+        call = lambda q, k, v, ours, theirs: kernel(q, k, v, segment_ids=splash.SegmentIds(ours, theirs))  # noqa: E731
+        return jax.vmap(call)(q, k, v, query_segments, key_segments)
+
+    if sharder.mesh is None:
+        return run(kernel, q, k, v, query_segments, key_segments)
+    rows, heads, time, _ = sharder.spec(("batch", "heads", "time", None), q.shape)
+    specs = kernel.manual_sharding_spec(NamedSharding(sharder.mesh, P(None, time)))
+    return jax.shard_map(
+        run,
+        mesh=sharder.mesh,
+        in_specs=(specs, P(rows, heads, time), P(rows, heads), P(rows, heads), P(rows, time), P(rows)),
+        out_specs=P(rows, heads, time),
+        check_vma=False,
+    )(kernel, q, k, v, query_segments, key_segments)

@@ -1,33 +1,155 @@
-"""Matrix products whose derivatives transpose only the narrower operand in memory."""
+"""Products with weights: their derivatives, and what devices tell each other for them.
+
+On one device the derivative is arranged so that only the narrower operand is transposed in memory.
+On a mesh each product says its own communication, that of fully sharded data parallelism
+(ZeRO-3, arXiv 1910.02054) and of tensor parallelism (arXiv 1909.08053): the weight is gathered in
+the dtype of the product, forwards and again backwards, and its gradient leaves as a reduce-scatter
+in the weight's own dtype. Left to the compiler, the gradient is summed whole on every device.
+"""
+
+import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from luthier.parallel import BATCH_AXES, Sharder, reduce_scatter
+
+ROW_AXES = (*BATCH_AXES, "sequence")
 
 
-@jax.custom_vjp
-def matmul(x: Float[Array, "*rows i"], w: Float[Array, "i o"]) -> Float[Array, "*rows o"]:
-    """x W.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def matmul(
+    x: Float[Array, "*rows i"],
+    w: Float[Array, "i o"],
+    sharder: Sharder,
+    axes: tuple[str | None, str | None],
+) -> Float[Array, "*rows o"]:
+    """x W in the dtype of x.
 
-    The derivative is the usual one. Left to itself, JAX forms dW as (gᵀ x)ᵀ, which on a CPU costs a
-    transposing copy of g; here it is xᵀ g where x is the narrower of the two.
+    Args:
+      axes: logical names of the axes of W.
     """
-    return x @ w
+    layout = _layout(x.shape[:-1], w.shape, sharder, axes)
+    if layout is None:
+        return x @ w.astype(x.dtype)
+    x_spec, w_spec, y_spec = layout
+
+    def product(x, w):
+        y = x @ _gathered(w, x.dtype, w_spec)
+        return jax.lax.psum(y, "tensor") if w_spec[0] == "tensor" else y
+
+    return _on_mesh(product, sharder, (x_spec, w_spec), y_spec)(x, w)
 
 
-def _forward(x, w):
-    return x @ w, (x, w)
+def _forward(x, w, sharder, axes):
+    """Keeps x only for a trained weight, and tells by () that x itself has a derivative."""
+    kept = (x.value if w.perturbed else None, w.value, () if x.perturbed else None)
+    return matmul(x.value, w.value, sharder, axes), kept
 
 
-def _backward(residuals, g):
-    x, w = residuals
-    dw = _contract_rows(x, g) if w.shape[0] <= w.shape[1] else _contract_rows(g, x).T
-    return g @ w.T, dw
+def _backward(sharder, axes, kept, g):
+    x, w, moves = kept
+    if isinstance(g, jax.custom_derivatives.SymbolicZero):
+        return None, None
+    layout = _layout(g.shape[:-1], w.shape, sharder, axes)
+    if layout is None:
+        dx = None if moves is None else g @ w.astype(g.dtype).T
+        return dx, None if x is None else _outer(x, g, w).astype(w.dtype)
+    x_spec, w_spec, y_spec = layout
+
+    def of_x(g, w):
+        dx = g @ _gathered(w, g.dtype, w_spec).T
+        return jax.lax.psum(dx, "tensor") if w_spec[1] == "tensor" else dx
+
+    def of_w(x, g):
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        return _scattered(_contract_rows(x, g, wide), w_spec, sharder).astype(w.dtype)
+
+    dx = None if moves is None else _on_mesh(of_x, sharder, (y_spec, w_spec), x_spec)(g, w)
+    return dx, None if x is None else _on_mesh(of_w, sharder, (x_spec, y_spec), w_spec)(x, g)
 
 
-def _contract_rows(a, b):
+matmul.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def lookup(table: Float[Array, "V E"], tokens: Int[Array, "B T"], dtype, sharder: Sharder) -> Float[Array, "B T E"]:
+    """The rows of a table.
+
+    Where its columns lie on different devices, each looks all tokens up in its own, and the devices
+    exchange parts of the result: neither the table nor its gradient is ever whole anywhere.
+    """
+    take = functools.partial(jnp.take, axis=0, mode="clip")
+    table_spec = sharder.spec(("vocab", "embed"), table.shape) if sharder.mesh is not None else P()
+    rows = _rows(sharder, tokens.shape)
+    if rows is None or _axes(table_spec) - {"fsdp", "tensor"} or "fsdp" not in _axes(table_spec):
+        return take(table, tokens).astype(dtype)
+
+    def look_up(table, tokens):
+        tokens = jax.lax.all_gather(tokens, "fsdp", axis=0, tiled=True)
+        if table_spec[0] == "tensor":
+            tokens -= jax.lax.axis_index("tensor") * table.shape[0]
+            mine = (tokens >= 0) & (tokens < table.shape[0])
+            x = jax.lax.psum(jnp.where(mine[..., None], take(table, tokens), 0).astype(dtype), "tensor")
+        else:
+            x = take(table, tokens).astype(dtype)
+        return jax.lax.all_to_all(x, "fsdp", split_axis=0, concat_axis=2, tiled=True)
+
+    return _on_mesh(look_up, sharder, (table_spec, rows), rows)(table, tokens)
+
+
+def _outer(x, g, w):
+    """Σ_rows xᵀ g. JAX by itself forms (gᵀ x)ᵀ, which on a CPU costs a transposing copy of g."""
+    return _contract_rows(x, g) if w.shape[0] <= w.shape[1] else _contract_rows(g, x).T
+
+
+def _contract_rows(a, b, dtype=None):
     rows = tuple(range(a.ndim - 1))
-    return jnp.tensordot(a, b, (rows, rows))
+    return jnp.tensordot(a, b, (rows, rows), preferred_element_type=dtype)
 
 
-matmul.defvjp(_forward, _backward)
+def _layout(rows_shape, w_shape, sharder: Sharder, axes) -> tuple[P, P, P] | None:
+    """Where x `[B, T, i]`, W and x W lie; None leaves it to the compiler."""
+    if len(rows_shape) != 2 or sharder.mesh is None:
+        return None
+    rows, w_spec = _rows(sharder, rows_shape), sharder.spec(axes, w_shape)
+    if rows is None or _axes(w_spec) - {"fsdp", "tensor"}:
+        return None
+    of_rows = lambda part: P(*rows, part if part == "tensor" else None)  # noqa: E731
+    return of_rows(w_spec[0]), w_spec, of_rows(w_spec[1])
+
+
+def _rows(sharder: Sharder, shape) -> P | None:
+    """How `[B, T]` is split over every axis for rows; None where it is not, for rows that do not divide."""
+    if sharder.mesh is None or sharder.mesh.size == 1:
+        return None
+    rows = sharder.spec(("batch", "time"), shape)
+    return rows if _axes(rows) == {axis for axis in ROW_AXES if sharder.size(axis) > 1} else None
+
+
+def _axes(spec: P) -> set[str]:
+    return {axis for part in spec if part for axis in ((part,) if isinstance(part, str) else part)}
+
+
+def _on_mesh(f, sharder: Sharder, in_specs, out_specs):
+    return jax.shard_map(f, mesh=sharder.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def _gathered(w, dtype, spec: P):
+    """The weight in the dtype of its product, whole but for `tensor`."""
+    w = w.astype(dtype)
+    for axis, part in enumerate(spec):
+        if part == "fsdp":
+            w = jax.lax.all_gather(w, "fsdp", axis=axis, tiled=True)
+    return w
+
+
+def _scattered(dw, spec: P, sharder: Sharder):
+    """The sum over all rows, each device keeping its part."""
+    others = tuple(axis for axis in ROW_AXES if sharder.size(axis) > 1)
+    for axis, part in enumerate(spec):
+        if part == "fsdp":
+            dw = reduce_scatter(dw, "fsdp", axis, sharder.torus("fsdp"))
+            others = tuple(one for one in others if one != "fsdp")
+    return jax.lax.psum(dw, others) if others else dw

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from luthier.models import attention
 from luthier.models.cache import KVCache
 from luthier.models.config import ModelConfig
-from luthier.models.matmul import matmul
+from luthier.models.matmul import lookup, matmul
 from luthier.models.remat import POLICIES, saved
 from luthier.parallel import Sharder
 
@@ -33,13 +33,14 @@ class Linear(nn.Module):
     out_axis: str
     use_bias: bool = False
     dtype: Any = jnp.float32
+    sharder: Sharder = Sharder()
 
     @nn.compact
     def __call__(self, x):
         kernel = self.param(
             "kernel", nn.with_partitioning(_init, (self.in_axis, self.out_axis)), (x.shape[-1], self.features)
         )
-        y = matmul(x, kernel.astype(self.dtype))
+        y = matmul(x, kernel, self.sharder, (self.in_axis, self.out_axis))
         if self.use_bias:
             bias = self.param("bias", nn.with_partitioning(nn.initializers.zeros, (self.out_axis,)), (self.features,))
             y += bias.astype(self.dtype)
@@ -74,10 +75,11 @@ class Attend(nn.Module):
 
     backend: str
     softcap: float | None
+    sharder: Sharder = Sharder()
 
     @nn.compact
     def __call__(self, q, k, v, mask: attention.Mask, is_local):
-        return attention.attend(self.backend, q, k, v, mask, is_local, self.softcap)
+        return attention.attend(self.backend, q, k, v, mask, is_local, self.softcap, self.sharder)
 
 
 class Dropout(nn.Module):
@@ -118,7 +120,7 @@ class Attention(nn.Module):
     def __call__(self, x, cache, layer, context: Context):
         c = self.config
         index, is_local = layer
-        linear = functools.partial(Linear, dtype=self.dtype, use_bias=c.attention_bias)
+        linear = functools.partial(Linear, dtype=self.dtype, use_bias=c.attention_bias, sharder=self.sharder)
         split = lambda y, heads: y.reshape(*y.shape[:2], heads, c.head_dim)  # noqa: E731
         q = split(saved(linear(c.num_heads * c.head_dim, "embed", "heads", name="q")(x)), c.num_heads)
         k = split(saved(linear(c.num_kv_heads * c.head_dim, "embed", "kv_heads", name="k")(x)), c.num_kv_heads)
@@ -139,9 +141,9 @@ class Attention(nn.Module):
                 jax.lax.dynamic_update_slice(old, new[None].astype(old.dtype), start) for old, new in zip(cache, (k, v))
             )
             k, v = (jax.lax.dynamic_index_in_dim(kept, index, keepdims=False) for kept in cache)
-        heads = Attend(self.backend, c.attention_softcap, name="attend")(q, k, v, context.mask, is_local)
+        heads = Attend(self.backend, c.attention_softcap, self.sharder, name="attend")(q, k, v, context.mask, is_local)
         heads = Hook(name="heads")(heads)
-        out = Linear(c.hidden_size, "heads", "embed", c.output_bias, self.dtype, name="o")
+        out = Linear(c.hidden_size, "heads", "embed", c.output_bias, self.dtype, self.sharder, name="o")
         return saved(out(heads.reshape(*heads.shape[:2], -1))), cache
 
 
@@ -150,11 +152,12 @@ class MLP(nn.Module):
 
     config: ModelConfig
     dtype: Any
+    sharder: Sharder
 
     @nn.compact
     def __call__(self, x):
         c = self.config
-        linear = functools.partial(Linear, dtype=self.dtype, use_bias=c.mlp_bias)
+        linear = functools.partial(Linear, dtype=self.dtype, use_bias=c.mlp_bias, sharder=self.sharder)
         activation = jax.nn.silu if c.activation == "silu" else functools.partial(jax.nn.gelu, approximate=True)
         gate = saved(linear(c.intermediate_size, "embed", "mlp", name="gate")(x))
         up = saved(linear(c.intermediate_size, "embed", "mlp", name="up")(x))
@@ -184,7 +187,7 @@ class Block(nn.Module):
         if c.post_norms:
             branch = norm(name="attention_post_norm")(branch)
         x = x + drop(name="attention_dropout")(branch, context.token_ids)
-        branch = MLP(c, self.dtype, name="mlp")(norm(name="mlp_norm")(x))
+        branch = MLP(c, self.dtype, self.sharder, name="mlp")(norm(name="mlp_norm")(x))
         if c.post_norms:
             branch = norm(name="mlp_post_norm")(branch)
         x = x + drop(name="mlp_dropout")(branch, context.token_ids)
@@ -196,13 +199,15 @@ class Embed(nn.Module):
     """The embedding table `[V, E]`."""
 
     config: ModelConfig
+    dtype: Any
+    sharder: Sharder
 
     def setup(self):
         shape = (self.config.vocab_size, self.config.hidden_size)
         self.embedding = self.param("embedding", nn.with_partitioning(_init, ("vocab", "embed")), shape)
 
     def __call__(self, tokens):
-        return jnp.take(self.embedding, tokens, axis=0, mode="clip")
+        return lookup(self.embedding, tokens, self.dtype, self.sharder)
 
 
 class Head(nn.Module):
@@ -256,7 +261,7 @@ class Transformer(nn.Module):
             length=self.config.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        self.embed = Embed(self.config)
+        self.embed = Embed(self.config, self.dtype, self.sharder)
         self.inputs = Hook()
         self.layers = layers(self.config, self.dtype, self.attention, self.dropout, self.sharder)
         self.final_norm = RMSNorm(self.config.norm_eps, self.config.norm_offset)
@@ -291,7 +296,7 @@ class Transformer(nn.Module):
             token_ids=batch.get("token_ids"),
             slot=slot,
         )
-        x = self.embed(batch["tokens"]).astype(self.dtype)
+        x = self.embed(batch["tokens"])
         if c.embed_scale:
             x = x * jnp.asarray(c.hidden_size**0.5, self.dtype)
         x = self.inputs(x, batch)

@@ -2,7 +2,7 @@
 
 Both functions run the same loop over chunks of time. On a mesh the loop runs inside a `shard_map`
 over every axis (rows over data and fsdp, time over sequence and tensor), so the head is gathered
-once and its gradient summed once.
+once, in the dtype of the products, and its gradient summed once, each device keeping its part.
 
 - `weighted_sum` knows its weights beforehand and forms the gradient while the chunk's logits are
   there: two matrix products forward-and-backward beyond the first, none repeated.
@@ -19,9 +19,10 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from luthier.parallel import BATCH_AXES, Sharder
+from luthier.parallel import BATCH_AXES, Sharder, reduce_scatter
 
-CHUNK_BYTES = 1 << 26  # logits of one chunk on one device, in float32
+CHUNK_BYTES = 1 << 26  # logits of one chunk on one device, in float32: what the caches of a CPU like
+ACCELERATOR_CHUNKS = 4  # times as large elsewhere, or reading the head for each chunk would bound the speed
 ROWS = P(BATCH_AXES, ("sequence", "tensor"))
 
 
@@ -123,32 +124,59 @@ def _loop(unembed, token_fn, sharder, head, hidden, weights, tok, token_ids, rng
     rows = jax.tree.map(
         lambda x: jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2)), (hidden, weights, tok, token_ids)
     )
-    body = functools.partial(_chunks, unembed, token_fn, wanted)
+    leaves, structure = jax.tree.flatten(head)
+    flags = None if wanted is None else jax.tree.leaves(wanted)
+    chunk_bytes = CHUNK_BYTES * (1 if sharder.device().platform == "cpu" else ACCELERATOR_CHUNKS)
+    body = functools.partial(_chunks, unembed, token_fn, structure, flags, chunk_bytes)
     if sharder.mesh is None or sharder.mesh.size == 1:
-        outputs, head_gradient, hidden_gradient = body(head, rng, *rows)
+        outputs, gradients, hidden_gradient = body(leaves, rng, *rows)
     else:
-        body = functools.partial(_summed, body, sharder.mesh.axis_names)
+        narrow = [x.astype(hidden.dtype) if x.dtype.itemsize > hidden.dtype.itemsize else x for x in leaves]
+        specs = [_head_spec(sharder, x.shape, hidden.shape[-1]) for x, flag in zip(leaves, flags or ()) if flag]
         body = jax.shard_map(
-            body,
+            functools.partial(_summed, body, sharder, specs),
             mesh=sharder.mesh,
             in_specs=(P(), P(), ROWS, ROWS, ROWS, ROWS),
-            out_specs=(ROWS, P(), ROWS),
+            out_specs=(ROWS, specs, ROWS),
             check_vma=False,
         )
-        outputs, head_gradient, hidden_gradient = body(head, rng, *rows)
+        # The barrier has the head's gradient, whole on every device until it is summed, gone before the layers' begins.
+        outputs, gradients, hidden_gradient = jax.lax.optimization_barrier(body(narrow, rng, *rows))
     cut = functools.partial(jax.tree.map, lambda x: x[:, : shape[1]])
-    return cut(outputs), (head_gradient, cut(hidden_gradient))
+    if wanted is None:
+        return cut(outputs), ()
+    moving = iter(gradients)
+    gradients = [next(moving).astype(x.dtype) if flag else jnp.zeros_like(x) for flag, x in zip(flags, leaves)]
+    return cut(outputs), (structure.unflatten(gradients), cut(hidden_gradient))
 
 
-def _summed(body, axes, *arguments):
-    outputs, head_gradient, hidden_gradient = body(*arguments)
-    return outputs, jax.lax.psum(head_gradient, axes), hidden_gradient
+def _head_spec(sharder: Sharder, shape, width: int) -> P:
+    """Where a leaf of the head lies: an axis as long as a hidden state is `embed`. Only speed depends on it."""
+    return sharder.spec(["embed" if size == width else "vocab" for size in shape], shape)
 
 
-def _chunks(unembed, token_fn, wanted, head, rng, hidden, weights, tok, token_ids):
+def _summed(body, sharder, specs, *arguments):
+    outputs, gradients, hidden_gradient = body(*arguments)
+    return outputs, [_sum_parts(x, sharder, spec) for x, spec in zip(gradients, specs)], hidden_gradient
+
+
+def _sum_parts(x, sharder: Sharder, spec: P):
+    """The sum over all devices, of which each keeps the part that `spec` gives it."""
+    axes = sharder.mesh.axis_names
+    for dimension, parts in enumerate(spec):
+        if parts is not None:
+            for axis in (parts,) if isinstance(parts, str) else parts:
+                x = reduce_scatter(x, axis, dimension, sharder.torus(axis))
+                axes = tuple(one for one in axes if one != axis)
+    return jax.lax.psum(x, axes)
+
+
+def _chunks(unembed, token_fn, structure, flags, chunk_bytes, leaves, rng, hidden, weights, tok, token_ids):
+    """`_loop` on one device's rows; the gradients are those of the leaves that `flags` tell, in float32 at least."""
     batch, time = hidden.shape[:2]
+    head = structure.unflatten(leaves)
     vocabulary = jax.eval_shape(unembed, head, jax.ShapeDtypeStruct(hidden.shape[-1:], hidden.dtype)).shape[-1]
-    size = max(1, min(time, CHUNK_BYTES // (4 * vocabulary * batch)))
+    size = max(1, min(time, chunk_bytes // (4 * vocabulary * batch)))
     count = math.ceil(time / size)
     size = math.ceil(time / count)
 
@@ -163,31 +191,22 @@ def _chunks(unembed, token_fn, wanted, head, rng, hidden, weights, tok, token_id
             .reshape(batch, count * size, *x.shape[2:])[:, :time]
         )
 
-    leaves, structure = jax.tree.flatten(head)
-    flags = [False] * len(leaves) if wanted is None else jax.tree.leaves(wanted)
+    trained = [x for x, flag in zip(leaves, flags or ()) if flag]
 
     def total(trained, hidden, weights, tok, token_ids):
         moving = iter(trained)
-        whole = structure.unflatten([next(moving) if flag else leaf for flag, leaf in zip(flags, leaves)])
+        whole = leaves if flags is None else [next(moving) if flag else x for flag, x in zip(flags, leaves)]
         keys = jax.vmap(functools.partial(jax.random.fold_in, rng))(token_ids)
-        outputs = token_fn(unembed(whole, hidden), tok, keys)
+        outputs = token_fn(unembed(structure.unflatten(whole), hidden), tok, keys)
         return jnp.sum(weights * outputs["loss"]), outputs
 
-    trained = [leaf for flag, leaf in zip(flags, leaves) if flag]
-
-    def step(gradient, chunk):
-        if wanted is None:
-            return gradient, (total(trained, *chunk)[1], ())
+    def step(gradients, chunk):
+        if flags is None:
+            return gradients, (total(trained, *chunk)[1], ())
         (_, outputs), (more, hidden_gradient) = jax.value_and_grad(total, (0, 1), has_aux=True)(trained, *chunk)
-        return jax.tree.map(jnp.add, gradient, more), (outputs, hidden_gradient)
+        return [old + new.astype(old.dtype) for old, new in zip(gradients, more)], (outputs, hidden_gradient)
 
     chunks = jax.tree.map(cut, (hidden, weights, tok, token_ids))
-    start = jax.tree.map(jnp.zeros_like, trained)
-    gradient, (outputs, hidden_gradient) = jax.lax.scan(step, start, chunks)
-    moving = iter(gradient)
-    head_gradient = structure.unflatten(
-        [next(moving) if flag else jnp.zeros_like(leaf) for flag, leaf in zip(flags, leaves)]
-    )
-    if wanted is None:
-        return jax.tree.map(join, outputs), (), ()
-    return jax.tree.map(join, outputs), head_gradient, join(hidden_gradient)
+    start = [jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)) for x in trained]
+    gradients, (outputs, hidden_gradient) = jax.lax.scan(step, start, chunks)
+    return jax.tree.map(join, outputs), gradients, jax.tree.map(join, hidden_gradient)

@@ -14,8 +14,11 @@ AXES = ("data", "fsdp", "tensor", "sequence")
 def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, sequence: int = 1, devices=None) -> Mesh:
     """A mesh over all devices (or the given ones); one size may be -1 and takes what is left.
 
+    On TPUs the mesh runs through the torus line by line, so that the last axes join neighbours. Of several
+    slices, joined by the data centre's network, each holds its own part of `data`.
+
     Raises:
-      LuthierError: when the sizes do not multiply to the number of devices.
+      LuthierError: when the sizes do not multiply to the number of devices, or `data` to that of slices.
     """
     devices = np.asarray(jax.devices() if devices is None else devices)
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor, "sequence": sequence}
@@ -33,4 +36,34 @@ def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, sequence: int =
         )
     if free:
         sizes[free[0]] = devices.size // fixed
-    return Mesh(devices.reshape([sizes[axis] for axis in AXES]), AXES)
+    return Mesh(_arranged(devices, [sizes[axis] for axis in AXES]), AXES)
+
+
+def _arranged(devices: np.ndarray, shape: list[int]) -> np.ndarray:
+    if devices.flat[0].platform == "tpu":
+        slices = len({getattr(device, "slice_index", 0) for device in devices.flat})
+        if shape[0] % slices:
+            raise LuthierError(
+                f"data={shape[0]} does not divide over {slices} slices",
+                where="mesh.data",
+                mend=f"Use a multiple of {slices}",
+            )
+        devices = np.asarray(sorted(devices.flat, key=_place))
+    return devices.reshape(shape)
+
+
+def _place(device) -> tuple:
+    return (getattr(device, "slice_index", 0), *reversed(device.coords), device.core_on_chip)
+
+
+def torus_sizes(mesh: Mesh, axis: str) -> tuple[int, ...]:
+    """Sizes of the lines of the torus that a mesh axis runs through, outermost first; the axis's size where unknown."""
+    devices = np.moveaxis(mesh.devices, mesh.axis_names.index(axis), -1).reshape(-1, mesh.shape[axis])[0]
+    if not hasattr(devices[0], "coords"):
+        return (len(devices),)
+    places = np.array([_place(device) for device in devices])
+    values = [np.unique(column) for column in places.T]
+    grid = np.stack(np.meshgrid(*values, indexing="ij"), axis=-1).reshape(-1, len(values))
+    if not np.array_equal(grid, places):
+        return (len(devices),)
+    return tuple(len(value) for value in values if len(value) > 1)

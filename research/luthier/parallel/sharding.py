@@ -10,7 +10,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from luthier.errors import LuthierError, near
-from luthier.parallel.mesh import AXES
+from luthier.parallel.mesh import AXES, torus_sizes
 
 BATCH_AXES = ("data", "fsdp")
 
@@ -39,6 +39,18 @@ class Sharder:
     mesh: Mesh | None = None
     rules: tuple[tuple[str, tuple[str, ...]], ...] = RULES
     units: tuple[tuple[str, int], ...] = ()
+
+    def device(self) -> jax.Device:
+        """One of the devices that this computes on, or will."""
+        return jax.devices()[0] if self.mesh is None else self.mesh.devices.flat[0]
+
+    def size(self, axis: str) -> int:
+        """Parts of a mesh axis."""
+        return 1 if self.mesh is None else self.mesh.shape[axis]
+
+    def torus(self, axis: str) -> tuple[int, ...]:
+        """Sizes of the lines of the torus that a mesh axis runs through, outermost first."""
+        return torus_sizes(self.mesh, axis)
 
     def spec(self, axes: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
         """Where each dimension of an array with these logical axes goes."""

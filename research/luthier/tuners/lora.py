@@ -40,9 +40,8 @@ def lora(
         rng = site.make_rng("params") if site.is_initializing() else None
         a = site.variable(collection, "a", a_init, rng, (x.shape[-1], rank)).value
         b = site.variable(collection, "b", b_init, rng, (rank, site.features)).value
-        dtype = site.dtype
-        low = scale * saved(matmul(x, a.astype(dtype)))
-        return call(*args, **kwargs) + matmul(low, b.astype(dtype))
+        low = scale * saved(matmul(x, a, site.sharder, (site.in_axis, None)))
+        return call(*args, **kwargs) + matmul(low, b, site.sharder, (None, site.out_axis))
 
     def merge(params, variables):
         flat = flax.traverse_util.flatten_dict(params)

@@ -1,0 +1,124 @@
+"""Checks that need 8 simulated devices; `python eight_devices.py NAME` runs one of them in a process of its own."""
+
+import os
+import sys
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from luthier.models.attention import attend, make_mask
+from luthier.models.matmul import lookup, matmul
+from luthier.parallel import make_mesh, make_sharder, reduce_scatter
+from luthier.training.flops import matmul_flops
+from luthier.training.hlo import collectives
+
+MESHES = [(8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 2, 1), (1, 4, 1, 2), (1, 2, 2, 2), (2, 4, 1, 1)]
+AXES = [("embed", "heads"), ("heads", "embed"), ("embed", "mlp"), ("mlp", "embed"), ("embed", None), (None, "embed")]
+
+
+def sharder(sizes):
+    mesh = make_mesh(**dict(zip(("data", "fsdp", "tensor", "sequence"), sizes)))
+    return make_sharder(mesh, num_heads=8, num_kv_heads=4)
+
+
+def close(got, expected, tolerance=2e-5):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance), got, expected)
+
+
+def products():
+    """matmul and lookup, values and gradients, equal the plain product on every mesh and for every kind of weight."""
+    rng = np.random.default_rng(0)
+    x, g = rng.standard_normal((8, 16, 32)), rng.standard_normal((8, 16, 64))
+    w, table = rng.standard_normal((32, 64)), rng.standard_normal((48, 32))
+    x, g, w, table = (jnp.asarray(a, jnp.float32) for a in (x, g, w, table))
+    tokens = jnp.asarray(rng.integers(0, 48, (8, 16)))
+    expected = jax.vjp(lambda x, w: x @ w, x, w)[1](g)
+    expected_table = jax.vjp(lambda table: table[tokens], table)[1](x)
+    for sizes in MESHES:
+        s = sharder(sizes)
+        for axes in AXES:
+
+            def run(x, w, g, s=s, axes=axes):
+                w = jax.lax.with_sharding_constraint(w, s.sharding(axes, w.shape))
+                y, pull = jax.vjp(lambda x, w: matmul(x, w, s, axes), x, w)
+                return y, pull(g)
+
+            close(jax.jit(run)(x, w, g), (x @ w, expected))
+
+        def look(table, x, s=s):
+            y, pull = jax.vjp(lambda table: lookup(table, tokens, jnp.float32, s), table)
+            return y, pull(x)
+
+        close(jax.jit(look)(table, x), (table[tokens], expected_table))
+    odd = jnp.ones((3, 5, 32))  # rows that do not divide
+    close(jax.jit(lambda x: matmul(x, w, sharder((2, 2, 2, 1)), ("embed", "mlp")))(odd), odd @ w)
+
+
+def scatters():
+    """A sum in stages along the lines of a torus gives each device the part that one stage gives it."""
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((8, 16, 24)), jnp.float32)
+    mesh = make_mesh(data=1, fsdp=8)
+    for sizes in [(8,), (2, 4), (4, 2), (2, 2, 2)]:
+        for dimension, spec in [(0, P("fsdp")), (1, P(None, "fsdp"))]:
+
+            def run(x, sizes=sizes, dimension=dimension):
+                return reduce_scatter(x[0], "fsdp", dimension, sizes)
+
+            total = jax.shard_map(run, mesh=mesh, in_specs=P("fsdp"), out_specs=spec, check_vma=False)(x)
+            close(total, x.sum(0))
+
+
+def messages():
+    """A fully sharded product gathers its weight for each pass, and scatters one float32 gradient."""
+    s = sharder((1, 8, 1, 1))
+    x = jax.ShapeDtypeStruct((8, 16, 256), jnp.bfloat16, sharding=s.batch())
+    w = jax.ShapeDtypeStruct((256, 512), jnp.float32, sharding=s.sharding(("embed", "mlp"), (256, 512)))
+
+    def run(x, w):
+        y, pull = jax.vjp(lambda x, w: matmul(x, w, s, ("embed", "mlp")), x, w)
+        return pull(y)
+
+    traced = jax.jit(run).trace(x, w)
+    found = {one.kind: one for one in collectives(traced.lower().compile().as_text(), s.mesh.shape)}
+    assert set(found) == {"all-gather", "reduce-scatter"}, found
+    numbers = 256 * 512
+    width = found["all-gather"].output_bytes // numbers // found["all-gather"].calls
+    assert width in (2, 4)  # XLA gathers bfloat16 as float32 on a CPU
+    assert found["all-gather"].calls in (1, 2) and found["all-gather"].axes == "fsdp"
+    assert found["reduce-scatter"].output_bytes == 4 * numbers // 8
+    assert found["reduce-scatter"].wire_bytes == 4 * numbers * 7 // 8
+    assert matmul_flops(traced.jaxpr) == 3 * 2 * 8 * 16 * 256 * 512
+
+
+def splash():
+    """Splash attention, interpreted, on meshes that split rows, heads and time."""
+    rng = np.random.default_rng(0)
+    shape = lambda heads: (4, 1024, heads, 64)  # noqa: E731
+    q, k, v, g = (jnp.asarray(rng.standard_normal(shape(h)), jnp.float32) for h in (8, 4, 4, 8))
+    segments = jnp.asarray(np.repeat([1, 2, 3, 0], [300, 500, 200, 24]))[None].repeat(4, 0)
+    positions = jnp.asarray(np.concatenate([np.arange(n) for n in (300, 500, 200, 24)]))[None].repeat(4, 0)
+    fields = {"segment_ids": segments, "positions": positions}
+    mask = make_mask(fields, fields, 128, plain=True)
+    real = (segments > 0)[..., None, None]
+
+    def run(backend, is_local, softcap, s, q, k, v):
+        f = lambda q, k, v: attend(backend, q / 8, k, v, mask, jnp.bool_(is_local), softcap, s) * real  # noqa: E731
+        out, pull = jax.vjp(f, q, k, v)
+        return out, pull(g * real)
+
+    for sizes, is_local, softcap in [
+        ((2, 2, 2, 1), False, None),
+        ((1, 2, 2, 2), True, 30.0),
+        ((1, 1, 8, 1), False, 30.0),
+    ]:
+        s = sharder(sizes)
+        expected = jax.jit(run, static_argnums=(0, 1, 2, 3))("xla", is_local, softcap, s, q, k, v)
+        close(jax.jit(run, static_argnums=(0, 1, 2, 3))("splash", is_local, softcap, s, q, k, v), expected, 2e-4)
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]]()
