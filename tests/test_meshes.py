@@ -26,7 +26,7 @@ def bytes_on_first_device(tree):
     first = jax.devices()[0]
     return sum(s.data.nbytes for x in jax.tree.leaves(tree) for s in x.addressable_shards if s.device == first)
 
-def asked(step):
+def asked(step, platform):
     compiled = None
     def call(state, frozen, batch):
         nonlocal compiled

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from luthier import __version__
 from luthier.errors import LuthierError, near
 
-COMMANDS = ("train", "generate", "score", "evaluate", "export", "report")
+COMMANDS = ("train", "generate", "score", "evaluate", "export", "report", "sweep", "compile-check")
 
 EXIT_MISTAKE, EXIT_INTERRUPTED = 2, 130
 
@@ -95,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"luthier {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name in COMMANDS:
-        module = importlib.import_module(f"luthier.cli.{name}")
+        module = importlib.import_module(f"luthier.cli.{name.replace('-', '_')}")
         command = commands.add_parser(
             name,
             help=module.HELP,

@@ -16,6 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, metavar="FILE.py[:ARG]", help="the recipe: a file with get_config()")
     parser.add_argument("--config.KEY", metavar="VALUE", dest="_", help="change one value, such as stages[0].steps")
     parser.add_argument("--workdir", metavar="DIR", help="where everything is written; may be gs://")
+    parser.add_argument("--profile", default="", metavar="START:STOP", help="trace these steps into WORKDIR/profile")
     parser.add_argument("--dry_run", action="store_true", help="show the first examples and the sizes; train nothing")
 
 
@@ -32,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     from luthier.training.signals import EXIT_PREEMPTED, Preempted
 
     try:
-        finished = train(recipe, workdir=args.workdir)
+        finished = train(recipe, workdir=args.workdir, profile=args.profile)
     except Preempted as stopped:
         import sys
 

@@ -20,6 +20,7 @@ from luthier.errors import LuthierError
 from luthier.reporting.progress import Progress
 from luthier.training.checkpoints import Checkpoints
 from luthier.training.metrics import MetricsWriter, Throughput, peak_memory_gib
+from luthier.training.profile import Profile
 from luthier.training.signals import Preempted, Preemption
 from luthier.training.state import TrainState, Variables
 from luthier.training.step import Step
@@ -63,6 +64,7 @@ def run_stage(
     writer: MetricsWriter,
     throughput: Throughput,
     preemption: Preemption,
+    profile: Profile,
     failures: epath.Path,
 ) -> TrainState:
     """Trains from `start` to the last step and returns the final state, saved.
@@ -101,7 +103,9 @@ def run_stage(
         pending = None
         throughput.restart()
         for step in range(start + 1, stage.steps + 1):
+            profile.before(stage.first + step)
             state, metrics = stage.step(state, frozen, next(feed)[1])
+            profile.after(stage.first + step, metrics)
             if pending:
                 report(*pending, {})
             pending = (step, metrics)

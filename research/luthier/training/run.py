@@ -21,16 +21,17 @@ from luthier.data.chat import ChatTemplate
 from luthier.decoding import Generation, Policy, Sampling, generate
 from luthier.errors import LuthierError
 from luthier.evals import EvalResult, evaluate, read_results
-from luthier.models import Transformer
+from luthier.models import ModelConfig, Transformer
 from luthier.objectives import token_objective
-from luthier.parallel import Sharder, make_mesh, make_sharder, processes
+from luthier.parallel import AXES, Sharder, make_mesh, make_sharder, processes
 from luthier.training import manifest as manifests
 from luthier.training.checkpoints import Checkpoints
 from luthier.training.loop import Stage, run_stage
 from luthier.training.metrics import MetricsWriter, Throughput, read_metrics, train_flops_per_token
+from luthier.training.profile import Profile
 from luthier.training.signals import Preemption
 from luthier.training.state import TrainState, abstract_state, init_state, init_variables, split
-from luthier.training.step import check_batch, jit_step, make_step
+from luthier.training.step import Step, check_batch, jit_step, make_step
 from luthier.tuners import Bound, Tuner, bind, merge
 from luthier.tuners.lora import lora
 
@@ -65,12 +66,13 @@ class Run:
         return generate(self.policy, prompts, Sampling(**sampling))
 
 
-def train(config: ConfigDict, workdir: epath.PathLike | None = None) -> Run:
+def train(config: ConfigDict, workdir: epath.PathLike | None = None, *, profile: str = "") -> Run:
     """Runs a recipe, or goes on with it where the workdir already holds a part.
 
     Args:
       config: from `luthier.config.load` or `recipe`.
       workdir: where everything is written; a temporary directory if None.
+      profile: `START:STOP`, steps to trace into `WORKDIR/profile`.
 
     Raises:
       LuthierError: for anything wrong in the config, the data, the model or the workdir.
@@ -78,20 +80,21 @@ def train(config: ConfigDict, workdir: epath.PathLike | None = None) -> Run:
     """
     processes.start()
     workdir = epath.Path(workdir if workdir is not None else tempfile.mkdtemp(prefix="luthier-"))
+    traced = Profile.parse(workdir / "profile", profile)
     setup, params = prepare(config, workdir)
     variables: Variables = {"params": params}
     del params
     _evaluate(setup, setup.bind(()), variables, "before")
-    with Preemption() as preemption, contextlib.ExitStack() as open_files:
+    with traced, Preemption() as preemption, contextlib.ExitStack() as open_files:
         writer, first = None, 0
         for index, stage in enumerate(config.stages):
             bound = setup.bind(stage.tuners)
             _check_handed_on(stage, bound, variables)
             variables = init_variables(bound, setup.sharder, config.seed + index, variables)
-            train_names = _trained(stage, bound.tuners)
+            train_names = trained_collections(stage, bound.tuners)
             trainable, frozen = split(variables, train_names)
             variables = None  # The state is donated: only its newest version may be held.
-            optimizer, schedule = _optimizer(stage)
+            optimizer, schedule = make_optimizer(stage)
             checkpoints = open_files.enter_context(_checkpoints(setup, stage))
             options = {"ema": bool(stage.ema), "loss_scale": config.model.compute_dtype == "float16"}
             state, start = _restored(checkpoints, trainable, optimizer, setup.sharder, options)
@@ -106,8 +109,9 @@ def train(config: ConfigDict, workdir: epath.PathLike | None = None) -> Run:
                     start=start,
                     checkpoints=checkpoints,
                     writer=writer,
-                    throughput=_throughput(bound, train_names, stage.sequence_length),
+                    throughput=Throughput.of_devices(model_flops_per_token(bound, train_names, stage.sequence_length)),
                     preemption=preemption,
+                    profile=traced,
                     failures=workdir / "failures",
                 )
             first += stage.steps
@@ -134,40 +138,50 @@ class Setup:
         return bind(self.model(), [resolve(chosen, "tuner")() for chosen in tuners])
 
     def model(self) -> Transformer:
-        chosen = self.config.model
-        return Transformer(
-            self.about.config,
-            dtype=jnp.dtype(chosen.compute_dtype),
-            remat=chosen.remat,
-            attention=chosen.attention,
-            dropout=chosen.dropout,
-            sharder=self.sharder,
-        )
+        return make_model(self.config, self.about.config, self.sharder)
 
     def policy(self, bound: Bound, variables: Variables) -> Policy:
         return Policy(bound, variables, self.about.tokenizer, self.template)
+
+
+def make_model(config: ConfigDict, shape: ModelConfig, sharder: Sharder) -> Transformer:
+    """The model of a recipe."""
+    chosen = config.model
+    return Transformer(
+        shape,
+        dtype=jnp.dtype(chosen.compute_dtype),
+        remat=chosen.remat,
+        attention=chosen.attention,
+        dropout=chosen.dropout,
+        sharder=sharder,
+    )
 
 
 def prepare(config: ConfigDict, workdir: epath.Path) -> tuple[Setup, Variables]:
     """Checks everything that can be wrong, cheapest first, and loads the weights last."""
     about = weights.describe(config.model.source)
     template = _template(config, about)
-    mesh = make_mesh(**{axis: config.mesh[axis] for axis in ("data", "fsdp", "tensor", "sequence")})
-    sharder = make_sharder(
-        mesh, num_heads=about.config.num_heads, num_kv_heads=about.config.num_kv_heads, rules=config.mesh.rules
-    )
+    sharder = config_sharder(config, about.config)
     for stage in config.stages:
         check_batch(stage.batch_size, stage.micro_batches, sharder)
     batches = tuple(_batches(config, stage, index, about, template) for index, stage in enumerate(config.stages))
     setup = Setup(config, workdir, about, template, sharder, batches)
     for stage in config.stages:
-        _trained(stage, setup.bind(stage.tuners).tuners)
+        trained_collections(stage, setup.bind(stage.tuners).tuners)
     fingerprints = {f"data.{stage.name}": made.fingerprint for stage, made in zip(config.stages, batches)}
     fingerprints |= {"model": about.fingerprint, "tokenizer": about.tokenizer.fingerprint}
     counts = {stage.name: made.counts for stage, made in zip(config.stages, batches)}
-    record = manifests.Manifest.gather(config, fingerprints=fingerprints, data=counts, mesh=mesh.shape, note=about.note)
+    mesh = sharder.mesh.shape
+    record = manifests.Manifest.gather(config, fingerprints=fingerprints, data=counts, mesh=mesh, note=about.note)
     manifests.start(workdir, record)
     return setup, _params(setup)
+
+
+def config_sharder(config: ConfigDict, shape: ModelConfig, devices=None) -> Sharder:
+    """The mesh and sharding rules of a recipe over all devices, or the given ones."""
+    mesh = make_mesh(**{axis: config.mesh[axis] for axis in AXES}, devices=devices)
+    heads = {"num_heads": shape.num_heads, "num_kv_heads": shape.num_kv_heads}
+    return make_sharder(mesh, **heads, rules=config.mesh.rules)
 
 
 def dry_run(config: ConfigDict, stage: int = 0) -> Batches:
@@ -205,7 +219,7 @@ def _params(setup: Setup) -> Variables:
     return params
 
 
-def _trained(stage: ConfigDict, tuners: Sequence[Tuner]) -> tuple[str, ...]:
+def trained_collections(stage: ConfigDict, tuners: Sequence[Tuner]) -> tuple[str, ...]:
     """The collections a stage trains: as told, else its tuners', else the model's own."""
     chosen = tuple(stage.train) or tuple(tuner.collection for tuner in tuners) or ("params",)
     there = {"params", *(tuner.collection for tuner in tuners)}
@@ -229,7 +243,7 @@ def _check_handed_on(stage: ConfigDict, bound: Bound, variables: Variables) -> N
         )
 
 
-def _optimizer(stage: ConfigDict) -> tuple[optax.GradientTransformation, optax.Schedule]:
+def make_optimizer(stage: ConfigDict) -> tuple[optax.GradientTransformation, optax.Schedule]:
     schedule = resolve(stage.schedule, "schedule")(stage.steps)
     return resolve(stage.optimizer, "optimizer")(schedule), schedule
 
@@ -258,18 +272,7 @@ def _writer(setup: Setup, resume_step: int) -> MetricsWriter:
 
 
 def _stage(setup: Setup, stage: ConfigDict, bound: Bound, frozen, optimizer, schedule, batches, first: int) -> Stage:
-    dropout = setup.config.model.dropout > 0
-    objective = token_objective(resolve(stage.objective, "objective")(), setup.sharder, dropout=dropout)
-    step = make_step(
-        bound,
-        objective,
-        optimizer,
-        schedule=schedule,
-        micro_batches=stage.micro_batches,
-        clip_norm=stage.clip_norm,
-        ema=stage.ema,
-        seed=setup.config.seed,
-    )
+    step = make_stage_step(setup.config, stage, bound, optimizer, schedule, setup.sharder)
 
     def evaluate_now(state: TrainState, number: int) -> dict[str, float]:
         variables = {**frozen, **(state.ema if stage.ema else state.trainable)}
@@ -280,7 +283,7 @@ def _stage(setup: Setup, stage: ConfigDict, bound: Bound, frozen, optimizer, sch
         name=stage.name,
         steps=stage.steps,
         first=first,
-        step=jit_step(step),
+        step=jit_step(step, setup.sharder.device().platform),
         batches=batches,
         sharding=setup.sharder.batch(),
         log_every=setup.config.logging.every,
@@ -289,28 +292,44 @@ def _stage(setup: Setup, stage: ConfigDict, bound: Bound, frozen, optimizer, sch
     )
 
 
-def _throughput(bound: Bound, train_names: Sequence[str], length: int) -> Throughput:
-    """Counts the matrices that multiply a token: kernels and low-rank factors, and the tied head once."""
+def make_stage_step(config: ConfigDict, stage: ConfigDict, bound: Bound, optimizer, schedule, sharder: Sharder) -> Step:
+    """The step that a stage of a recipe runs."""
+    dropout = config.model.dropout > 0
+    return make_step(
+        bound,
+        token_objective(resolve(stage.objective, "objective")(), sharder, dropout=dropout),
+        optimizer,
+        schedule=schedule,
+        micro_batches=stage.micro_batches,
+        clip_norm=stage.clip_norm,
+        ema=stage.ema,
+        seed=config.seed,
+    )
+
+
+def model_flops_per_token(bound: Bound, train_names: Sequence[str], length: int) -> float:
+    """`train_flops_per_token` of a bound model.
+
+    Counts the matrices that multiply a token: kernels and low-rank factors, and the tied head once.
+    """
     config = bound.model.config
     shapes = flatten_dict(jax.eval_shape(lambda rng: bound.init(rng), jax.random.key(0)))
     sizes = {path: leaf.value.size for path, leaf in shapes.items() if path[-1] not in ("scale", "bias")}
     if not config.tie_embeddings:
         del sizes["params", "embed", "embedding"]
-    return Throughput.of_devices(
-        train_flops_per_token(
-            matmul_params=sum(sizes.values()),
-            trained_matmul_params=sum(size for path, size in sizes.items() if path[0] in train_names),
-            num_layers=config.num_layers,
-            attention_width=config.num_heads * config.head_dim,
-            sequence_length=length,
-        )
+    return train_flops_per_token(
+        matmul_params=sum(sizes.values()),
+        trained_matmul_params=sum(size for path, size in sizes.items() if path[0] in train_names),
+        num_layers=config.num_layers,
+        attention_width=config.num_heads * config.head_dim,
+        sequence_length=length,
     )
 
 
 def _save_result(setup: Setup, bound: Bound, variables: Variables) -> None:
     """`final/`: a Hugging Face directory, or an adapter where no stage trained the model itself."""
     about, place, stages = setup.about, setup.workdir / "final", setup.config.stages
-    full = any("params" in _trained(stage, setup.bind(stage.tuners).tuners) for stage in stages)
+    full = any("params" in trained_collections(stage, setup.bind(stage.tuners).tuners) for stage in stages)
     if full or [chosen.name for chosen in stages[-1].tuners] != ["lora"]:
         params = merge(bound, variables)
         weights.export(place, about.config, params, about.tokenizer, generation_config=about.generation_config)

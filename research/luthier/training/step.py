@@ -112,10 +112,15 @@ def make_gradients(bound: Bound, objective: Objective, *, micro_batches: int = 1
     return gradients
 
 
-def jit_step(step: Step) -> Step:
-    """The step compiled with the state donated: it returns in the buffers it came in."""
+def jit_step(step: Step, platform: str | None = None) -> Step:
+    """The step compiled with the state donated: it returns in the buffers it came in.
+
+    Args:
+      platform: that it will run on, if not JAX's default.
+    """
     # Products that a CPU runs side by side contend for its caches: one after the other is 3 to 5% faster.
-    options = {"xla_cpu_enable_concurrency_optimized_scheduler": False} if jax.default_backend() == "cpu" else None
+    on_cpu = (platform or jax.default_backend()) == "cpu"
+    options = {"xla_cpu_enable_concurrency_optimized_scheduler": False} if on_cpu else None
     return jax.jit(step, donate_argnums=0, compiler_options=options)
 
 
