@@ -1,4 +1,5 @@
-"""Which tests are the core: quick, without TensorFlow or torch, at least one for each floor of the house."""
+"""Which tests are the core (quick, without TensorFlow or torch, at least one for each floor of the house), and the
+order of files."""
 
 import pytest
 
@@ -15,7 +16,23 @@ CORE = {
 }
 
 
+# Minutes each: they start first, so that no process ends long after the others.
+SLOW = (
+    "test_smollm2.py",
+    "test_resume.py",
+    "test_meshes.py",
+    "test_colabs.py",
+    "test_processes.py",
+    "test_gcs.py",
+    "test_compile_check.py",
+    "test_sharded_products.py",
+    "test_bad_input.py",
+    "test_signals.py",
+)
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.name in CORE:
             item.add_marker(pytest.mark.core)
+    items.sort(key=lambda item: SLOW.index(item.path.name) if item.path.name in SLOW else len(SLOW))

@@ -27,4 +27,4 @@ if [[ -n "$newer" ]]; then
   "$venv-newest/bin/python" -m pytest -m core -n "${LUTHIER_JOBS:-auto}"
 fi
 
-exec "$venv/bin/python" -m pytest -n "${LUTHIER_JOBS:-auto}" --dist loadfile "$@"
+exec "$venv/bin/python" -m pytest -n "${LUTHIER_JOBS:-auto}" --dist loadfile --no-loadscope-reorder "$@"
