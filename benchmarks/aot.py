@@ -2,6 +2,7 @@
 
     pip install 'luthier[aot]' && python benchmarks/aot.py            # all rows, some minutes each; 2.5 GiB of memory
     python benchmarks/aot.py llama3-8b-full-v5e:4x4                   # some of them, by name
+    python benchmarks/aot.py --table                                  # none: the table of docs/scaling.md
 
 Sequence 4096 and one sequence a chip unless the row says otherwise, AdamW with a bfloat16 first moment, bfloat16
 activations, full remat. Each row is a process of its own; finished rows stay in `results/aot.json` when others are
@@ -36,7 +37,7 @@ class Row:
         return f"{self.model}-{self.tune}-{self.topology}-batch={self.batch}{more}"
 
 
-LONG = ("stages[0].sequence_length=131072", "mesh.sequence=8")
+LONG = ("stages[0].sequence_length=131072", "mesh.sequence=32")
 ROWS = (
     Row("llama3-8b", "full", "v5e:4x4", 16, 10.5),
     Row("llama3-8b", "full", "v5e:4x4", 32, 13.0),
@@ -52,7 +53,7 @@ ROWS = (
     Row("gemma3-4b", "lora", "v5e:2x2", 4),
     Row("smollm2-135m", "full", "v5e:1x1", 1),
     Row("smollm2-135m", "full", "v6e:1x1", 1),
-    Row("llama3-8b", "full", "v5e:8x8", 8, overrides=LONG),
+    Row("llama3-8b", "full", "v6e:16x16", 8, overrides=LONG),
 )
 
 
@@ -73,6 +74,9 @@ def measure(row: Row) -> dict:
 
 def main() -> None:
     wanted = sys.argv[1:]
+    if wanted == ["--table"]:
+        print(table(json.loads(RESULTS.read_text())))
+        return
     records = {one["name"]: one for one in json.loads(RESULTS.read_text())} if RESULTS.exists() else {}
     for row in ROWS:
         if wanted and not any(row.name.startswith(one) for one in wanted):
@@ -83,6 +87,36 @@ def main() -> None:
         known = [one for one in records.values() if one["name"] in order]
         rows = sorted(known, key=lambda one: order.index(one["name"]))
         RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def table(records: list[dict]) -> str:
+    """The rows in Markdown."""
+    lines = [
+        "| model | slice, mesh | tokens a step | GiB a chip | bar | bound s | by | MFU | received GB | compiled s |"
+    ]
+    lines.append("|---|---|--:|--:|--:|--:|---|--:|--:|--:|")
+    for record in records:
+        model, tune = next((row.model, row.tune) for row in ROWS if row.name == record["name"])
+        start = f"| {model}, {tune} | {record['topology']}"
+        if record.get("peak") is None:
+            lines.append(
+                f"{start} | {record['tokens']:,} | {record['refusal']} | {record['bar_gib'] or ''} |" + " |" * 5
+            )
+            continue
+        mesh = " ".join(f"{axis}={size}" for axis, size in record["mesh"].items() if size > 1)
+        bound, by = max((seconds, name) for name, seconds in record["bounds"].items())
+        talk = record["collectives"]
+        received = "unavailable" if talk is None else f"{sum(one['wire_bytes'] for one in talk) / 1e9:.1f}"
+        cells = [
+            f"{record['tokens']:,}",
+            f"{record['peak'] / 2**30:.2f}",
+            f"{record['bar_gib'] or ''}",
+            f"{bound:.2f}",
+            by,
+        ]
+        cells += [f"{record['bound_mfu']:.0%}", received, f"{record['compile_seconds']:.0f}"]
+        lines.append(f"{start} {mesh} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def line(record: dict) -> str:

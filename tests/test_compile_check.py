@@ -52,7 +52,7 @@ def test_what_does_not_fit_is_said(libtpu, capsys):
 @pytest.mark.parametrize(
     "words, said",
     [
-        (["--topology=v5e:3x3", "--model=llama3-8b"], "Known: v4:2x2x1"),
+        (["--topology=v5e:3x3", "--model=llama3-8b"], "Known: v5e:1x1"),
         (["--topology=v5e:2x2", "--model=llama3-9b"], "llama3-8b"),
         (["--topology=v5e:2x2", "--model=llama3-8b", "--config.mesh.fsdp=3"], "mesh"),
         (["--topology=v5e:2x2", "--model=llama3-8b", "--config.stages[0].batch_size=6"], "stage.batch_size"),
@@ -115,3 +115,25 @@ def test_flops_are_the_analytic_count(tune):
         expected = 2 * tokens * (weights + layers * (low + (low - rank * e) + 2 * low)) + attention
     assert matmul_flops(step.trace(*arguments).jaxpr) == pytest.approx(expected, rel=0.01)
     assert model_flops == pytest.approx(2 * tokens * (3 if tune == "full" else 2) * (layers * layer + head), rel=0.07)
+
+
+@pytest.mark.parametrize(
+    "topology, sizes, lines",
+    [
+        ("v5e:4x4", {"fsdp": 16}, (4, 4)),
+        ("v5e:4x4", {"fsdp": 8, "tensor": 2}, (4, 2)),
+        ("v5e:4x4", {"fsdp": 4, "tensor": 4}, (4,)),
+        ("v5e:2x4", {"fsdp": 8}, (4, 2)),
+        ("v5p:2x2x2", {"fsdp": 8}, (2, 2, 2)),
+        ("v5e:1x1", {"fsdp": 1}, ()),
+    ],
+)
+def test_a_mesh_runs_through_the_torus_line_by_line(topology, sizes, lines, libtpu):
+    from luthier.parallel.mesh import make_mesh, torus_sizes
+    from luthier.training.aot import describe
+
+    mesh = make_mesh(data=1, **sizes, devices=describe(topology).devices)
+    assert torus_sizes(mesh, "fsdp") == lines
+    if "tensor" in sizes:  # neighbours
+        coords = [device.coords for device in mesh.devices[0, 0, :, 0]]
+        assert all(sum(abs(a - b) for a, b in zip(*pair)) == 1 for pair in zip(coords, coords[1:]))

@@ -8,18 +8,15 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from luthier.errors import LuthierError
+from luthier.models import splash
 from luthier.models.config import Rope
 from luthier.models.remat import saved
 from luthier.parallel import Sharder
 
 BACKENDS = ("auto", "xla", "cudnn", "splash")
-SPLASH_TILE = 128  # lanes of a TPU: the kernel's smallest tile of time
-SPLASH_BLOCK = 512  # its largest one here
 
 
 def inverse_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
@@ -56,12 +53,12 @@ class Mask:
     """Who may attend to whom: same segment, not later, within the window; prefixes see all of themselves.
 
     Attributes:
-      full, local: bool `[B, 1, T, S]` for global and sliding-window layers (None if there are none).
+      full, local: bool `[B, 1, T, S]` for global and sliding-window layers; None where no layer asks for them.
       query_segments, key_segments: int32 `[B, T]`, `[B, S]`, for backends that mask by themselves.
       plain: no prefix and no cache, so that causality and segments say everything.
     """
 
-    full: Bool[Array, "B 1 T S"]
+    full: Bool[Array, "B 1 T S"] | None
     local: Bool[Array, "B 1 T S"] | None
     query_segments: Int[Array, "B T"]
     key_segments: Int[Array, "B S"]
@@ -73,14 +70,17 @@ class Mask:
         return self.full if self.local is None else jnp.where(is_local, self.local, self.full)
 
 
-def make_mask(query: dict, key: dict, window: int | None, *, plain: bool) -> Mask:
+def make_mask(query: dict, key: dict, window: int | None, *, plain: bool, dense: bool = True) -> Mask:
     """Builds both masks from positions and segment ids of queries and keys.
 
     Args:
       query, key: `positions` and `segment_ids`, `[B, T]` and `[B, S]`; `key` may hold
         `prefix_mask`, tokens that every token of a prefix of the same segment may see.
       window: number of tokens, its own included, that a local layer sees; None for no local layer.
+      dense: False for a backend that masks by itself.
     """
+    if not dense:
+        return Mask(None, None, query["segment_ids"], key["segment_ids"], window, plain)
     later = key["positions"][:, None, :] > query["positions"][:, :, None]
     if "prefix_mask" in key:
         later &= ~(query["prefix_mask"][:, :, None] & key["prefix_mask"][:, None, :])
@@ -105,25 +105,34 @@ def attend(
 ) -> Float[Array, "B T H D"]:
     """softmax(softcap(q kᵀ) + mask) v with grouped key/value heads; q comes scaled.
 
-    `auto` takes the fused kernel of the device where there is one that serves this call, else XLA's own.
-    `splash` serves whole rows: calls with a cache or a prefix take XLA's.
+    The backend is what `choose` makes of it.
     """
-    if backend == "auto":
-        backend = automatic(sharder.device(), q.dtype, q.shape[-1], softcap)
-        if backend == "splash" and q.shape[1] % (SPLASH_TILE * sharder.size("sequence")):
-            backend = "xla"
-    if backend == "splash" and (not mask.plain or q.shape[1] == 1):
-        backend = "xla"
+    backend = choose(backend, sharder, q.dtype, q.shape[1], q.shape[-1], softcap, plain=mask.plain)
     if backend == "xla":
         return _xla(q, k, v, mask.dense(is_local), softcap)
     if backend == "splash":
-        return _splash(q, k, v, mask, is_local, softcap, sharder)
+        return splash.attend(q, k, v, mask, is_local, softcap, sharder)
     if backend == "cudnn":
         if softcap is not None:
             raise LuthierError("attention='cudnn' has no soft cap", where="model.attention", mend="Use 'xla'")
         dense = mask.dense(is_local)
         return jax.nn.dot_product_attention(q, k, v, mask=dense, scale=1.0, implementation="cudnn")
     raise LuthierError(f"unknown attention {backend!r}", where="model.attention", mend=f"Known: {', '.join(BACKENDS)}")
+
+
+def choose(
+    backend: str, sharder: Sharder, dtype: np.dtype, length: int, head_dim: int, softcap: float | None, *, plain: bool
+) -> str:
+    """The backend that serves a call.
+
+    `auto` takes the fused kernel of the device where there is one that serves this call, else XLA's own.
+    `splash` serves whole rows: calls with a cache or a prefix take XLA's.
+    """
+    if backend == "auto":
+        backend = automatic(sharder.device(), dtype, head_dim, softcap)
+        if backend == "splash" and length % splash.multiple(sharder):
+            return "xla"
+    return "xla" if backend == "splash" and (not plain or length == 1) else backend
 
 
 def automatic(device: jax.Device, dtype: np.dtype, head_dim: int, softcap: float | None) -> str:
@@ -207,69 +216,3 @@ def _batched(x, y, dtype=None):
 def _rows(mask: Bool[Array, "B 1 T S"], q) -> Bool[Array, "B 1 TG S"]:
     """The mask of every query head of one key/value head."""
     return jnp.repeat(mask, q.shape[2] // mask.shape[2], axis=2)
-
-
-def _splash(q, k, v, mask: Mask, is_local, softcap, sharder: Sharder):
-    """JAX's flash attention for TPU, causal within segments (arXiv 2205.14135).
-
-    On a mesh each device runs the kernel on its rows and heads; where time is split, on its queries
-    and everybody's keys and values.
-    """
-    if q.shape[1] % (SPLASH_TILE * sharder.size("sequence")):
-        raise LuthierError(
-            f"attention='splash' needs a sequence length that {SPLASH_TILE * sharder.size('sequence')} divides, "
-            f"not {q.shape[1]}",
-            where="stage.sequence_length",
-        )
-    tensor = sharder.size("tensor")
-    if k.shape[2] % tensor:  # replicated: as many copies as there are parts
-        k, v = (jnp.repeat(x, tensor // k.shape[2], axis=2) for x in (k, v))
-    run = functools.partial(_splash_kernel, softcap=softcap, sharder=sharder)
-    arguments = (*(x.swapaxes(1, 2) for x in (q, k, v)), mask.query_segments, mask.key_segments)
-    if mask.local is None:
-        out = run(None, *arguments)
-    else:
-        out = jax.lax.cond(is_local, functools.partial(run, mask.window), functools.partial(run, None), *arguments)
-    return out.swapaxes(1, 2)
-
-
-def _splash_kernel(window, q, k, v, query_segments, key_segments, *, softcap, sharder: Sharder):
-    """The kernel over `[B, H, T, D]`, made for this length, window and mesh."""
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-
-    parts, length = sharder.size("sequence"), q.shape[2]
-    shape = (length, length)
-    one = masks.CausalMask(shape, shard_count=parts)
-    if window is not None:
-        one = masks.LocalMask(shape, (window - 1, 0), 0, shard_count=parts)
-    rows, columns = math.gcd(length // parts, SPLASH_BLOCK), math.gcd(length, SPLASH_BLOCK)
-    kernel = splash.make_splash_mha(
-        masks.MultiHeadMask([one] * (q.shape[1] // sharder.size("tensor"))),
-        block_sizes=splash.BlockSizes(
-            **dict.fromkeys(("block_q", "block_q_dkv", "block_q_dq"), rows),
-            **dict.fromkeys(("block_kv", "block_kv_compute", "block_kv_dq"), columns),
-            **dict.fromkeys(("block_kv_dkv", "block_kv_dkv_compute"), columns),
-        ),
-        attn_logits_soft_cap=softcap,
-        residual_checkpoint_name="saved",
-        head_shards=1,
-        q_seq_shards=parts,
-        interpret=sharder.device().platform != "tpu",
-    )
-
-    def run(kernel, q, k, v, query_segments, key_segments):
-        call = lambda q, k, v, ours, theirs: kernel(q, k, v, segment_ids=splash.SegmentIds(ours, theirs))  # noqa: E731
-        return jax.vmap(call)(q, k, v, query_segments, key_segments)
-
-    if sharder.mesh is None:
-        return run(kernel, q, k, v, query_segments, key_segments)
-    rows, heads, time, _ = sharder.spec(("batch", "heads", "time", None), q.shape)
-    specs = kernel.manual_sharding_spec(NamedSharding(sharder.mesh, P(None, time)))
-    return jax.shard_map(
-        run,
-        mesh=sharder.mesh,
-        in_specs=(specs, P(rows, heads, time), P(rows, heads), P(rows, heads), P(rows, time), P(rows)),
-        out_specs=P(rows, heads, time),
-        check_vma=False,
-    )(kernel, q, k, v, query_segments, key_segments)

@@ -287,10 +287,13 @@ class Transformer(nn.Module):
             if "prefix_mask" in query:  # a prefix is prefilled whole, so only new slots can belong to it
                 key["prefix_mask"] = write(jnp.zeros_like(cache.segment_ids, bool), batch["prefix_mask"])
         window = c.sliding_window if any(c.local_layers) else None
+        plain = cache is None and "prefix_mask" not in batch
+        length, cap = batch["tokens"].shape[1], c.attention_softcap
+        backend = attention.choose(self.attention, self.sharder, self.dtype, length, c.head_dim, cap, plain=plain)
         wide = jnp.promote_types(self.dtype, jnp.float32)
         turn = functools.partial(attention.rotation, head_dim=c.head_dim, positions=batch["positions"], dtype=wide)
         context = Context(
-            mask=attention.make_mask(query, key, window, plain=cache is None and "prefix_mask" not in batch),
+            mask=attention.make_mask(query, key, window, plain=plain, dense=backend != "splash"),
             rotation=turn(c.rope),
             local_rotation=turn(c.local_rope) if c.local_rope != c.rope and any(c.local_layers) else None,
             token_ids=batch.get("token_ids"),

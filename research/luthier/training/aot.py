@@ -40,7 +40,7 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """A TPU generation.
+    """A TPU generation whose chip is one device.
 
     Attributes:
       topologies: slices whose description libtpu has.
@@ -62,9 +62,8 @@ class Chip:
 
 
 # Speeds: jax-ml.github.io/scaling-book, "How to Think About TPUs". Capacity: what libtpu 0.0.51 allows.
-# Prices: cloud.google.com/tpu/pricing, 2026; they change, and `--prices` replaces them.
+# Prices: lists of 2025, US regions, not verified since (cloud.google.com/tpu/pricing); `--prices` replaces them.
 CHIPS: Mapping[str, Chip] = {
-    "v4": Chip(("2x2x1", "2x2x2"), 15.25 * GIB, 2.75e14, 1.2e12, 4.5e10, 4, 3.22),
     "v5e": Chip(
         ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"), 15.75 * GIB, 1.97e14, 8.1e11, 5e10, 16, 1.20
     ),
@@ -77,43 +76,48 @@ CHIPS: Mapping[str, Chip] = {
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """A described TPU slice: its name, such as `v5e:4x4`, generation and devices."""
+    """Described TPU slices: their shape, such as `4x4`, number, generation and devices."""
 
-    name: str
+    shape: str
+    count: int
     chip: Chip
     devices: tuple[jax.Device, ...]
 
     def network_bandwidth(self) -> float:
         """Bytes a second that the worst-placed chip can receive: a link an axis, two where it closes to a ring."""
-        sizes = [int(n) for n in self.name.partition(":")[2].split("x")]
+        sizes = [int(n) for n in self.shape.split("x")]
         links = sum((2 if size % self.chip.ring == 0 else 1) for size in sizes if size > 1)
         return links * self.chip.link_bandwidth
 
 
 def describe(topology: str) -> Slice:
-    """The slice of a name such as `v5e:4x4`.
+    """The slices of a name such as `v5e:4x4`, or `2*v5e:16x16` for two of them.
 
     Raises:
       LuthierError: for an unknown slice, or without libtpu.
     """
-    generation, _, shape = topology.partition(":")
-    known = [f"{name}:{one}" for name, chip in CHIPS.items() for one in chip.topologies]
-    if topology not in known:
-        raise LuthierError(f"unknown topology {topology!r}", where="--topology", mend=f"Known: {', '.join(known)}")
-    # Ask no metadata server and no other host: this machine has no TPU.
+    count, name = re.fullmatch(r"(?:(\d+)\*)?(.*)", topology).groups()
+    known = [f"{generation}:{shape}" for generation, chip in CHIPS.items() for shape in chip.topologies]
+    if name not in known or count == "0":
+        mend = f"Known: {', '.join(known)}; 2*v5e:16x16 is two slices"
+        raise LuthierError(f"unknown topology {topology!r}", where="--topology", mend=mend)
+    # This machine has no TPU to take from another process, nor a metadata server or other hosts to ask.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     from jax.experimental import topologies
 
     try:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+        more = {} if count is None else {"num_slices": int(count)}
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **more).devices
     except (ImportError, RuntimeError, ValueError, jax.errors.JaxRuntimeError) as error:
         raise LuthierError(
             f"libtpu gives no description of {topology}: {str(error).splitlines()[0]}",
             where="--topology",
             mend="pip install libtpu (Linux, x86-64)",
         ) from error
-    return Slice(topology, CHIPS[generation], tuple(devices))
+    generation, _, shape = name.partition(":")
+    return Slice(shape, int(count or 1), CHIPS[generation], tuple(devices))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +128,8 @@ class Check:
       peak: bytes of memory at once; None where the compiler refused.
       refusal: what it said then.
       collectives: None where the program's text can't be had.
+      bounds: {what: seconds} that a step needs at least.
+      price: dollars a chip and hour.
     """
 
     topology: str
@@ -140,7 +146,7 @@ class Check:
     model_flops: float = 0.0
     collectives: tuple[Collective, ...] | None = None
     bounds: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    dollars: float = 0.0
+    price: float = 0.0
 
     @property
     def fits(self) -> bool:
@@ -150,6 +156,11 @@ class Check:
     def seconds(self) -> float:
         """The largest bound: no step is faster."""
         return max(self.bounds.values())
+
+    @property
+    def dollars(self) -> float:
+        """Of 1,000 steps at that bound."""
+        return 1000 * self.seconds / 3600 * math.prod(self.mesh.values()) * self.price
 
     @property
     def mfu(self) -> float:
@@ -192,7 +203,9 @@ def check(
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        said = re.search(r"Used [\d.]+\w of [\d.]+\w hbm", str(error))
+        said = re.search(
+            r"Used [\d.]+\w of [\d.]+\w hbm|\S+ \([\d.]+\w\) exceeds available HBM \([\d.]+\w\)", str(error)
+        )
         seconds = time.perf_counter() - start
         return dataclasses.replace(base, refusal=said[0] if said else str(error)[:300], compile_seconds=seconds)
     memory = compiled.memory_analysis()
@@ -206,9 +219,9 @@ def check(
     bounds = {"compute": flops / place.chip.flops, "memory": moved / place.chip.memory_bandwidth}
     if talk is not None:
         bounds["memory"] += 2 * sum(one.output_bytes for one in talk) / place.chip.memory_bandwidth
-        if chips > 1:
+        if place.network_bandwidth():
             bounds["network"] = sum(one.wire_bytes for one in talk) / place.network_bandwidth()
-    seconds = max(bounds.values())
+    generation = topology.rpartition("*")[2].partition(":")[0]
     return dataclasses.replace(
         base,
         compile_seconds=time.perf_counter() - start,
@@ -219,7 +232,7 @@ def check(
         model_flops=model_flops / chips,
         collectives=talk,
         bounds=bounds,
-        dollars=1000 * seconds / 3600 * chips * (prices or {}).get(topology.partition(":")[0], place.chip.dollars),
+        price=(prices or {}).get(generation, place.chip.dollars),
     )
 
 
@@ -278,7 +291,7 @@ def to_json(check: Check) -> dict[str, Any]:
     """The figures as plain values, with the derived ones."""
     record = dataclasses.asdict(check) | {"fits": check.fits}
     if check.bounds:
-        record |= {"bound_seconds": check.seconds, "bound_mfu": check.mfu}
+        record |= {"bound_seconds": check.seconds, "bound_mfu": check.mfu, "dollars": check.dollars}
     return record
 
 
