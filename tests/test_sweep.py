@@ -10,8 +10,17 @@ from luthier.cli.main import main
 STAGE = 'c.stage(data=DATA, steps=2, batch_size=4, sequence_length=48, schedule=c.spec("cosine", peak=1e-3))'
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture
-def config(tmp_path):
+def config(tmp_path, cache, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(cache))
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
+
     def write(points: str):
         path = tiny_run.write_run(tmp_path, STAGE)
         path.write_text(path.read_text() + f"\n\ndef get_sweep(arg=None):\n    return {points}\n")
@@ -70,7 +79,9 @@ def test_wrong_points_are_found_before_anything_runs(points, said, config, tmp_p
 
 
 def test_a_failing_point_stops_no_other(config, tmp_path, capfd):
-    path = config('[{"stages[0].data.limit": 1, "stages[0].data.truncation": "never"}, {"seed": 3}]')
+    path = config(
+        '[{"stages[0].data.limit": 1, "stages[0].data.truncation": "never"}, {"stages[0].data.source": "none"}]'
+    )
     assert main(["sweep", f"--config={path}", f"--workdir={tmp_path / 's'}"]) == 1
     exits = [json.loads(line)["exit"] for line in (tmp_path / "s" / "sweep.jsonl").read_text().splitlines()]
-    assert exits == [2, 0]
+    assert exits == [2, 2]
