@@ -57,6 +57,7 @@ def test_what_does_not_fit_is_said(libtpu, capsys):
         (["--topology=v5e:2x2", "--model=llama3-8b", "--config.mesh.fsdp=3"], "mesh"),
         (["--topology=v5e:2x2", "--model=llama3-8b", "--config.stages[0].batch_size=6"], "stage.batch_size"),
         (["--topology=v5e:2x2", "--model=llama3-8b", "--stage=1"], "--stage"),
+        (["--topology=v5e:2x2", "--model=llama3-8b", "--prices=setup.cfg"], "not a table of prices"),
     ],
 )
 def test_bad_input(words, said, libtpu, capsys):

@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     recipe = config.load(args.config, args.overrides)
     if not 0 <= args.stage < len(recipe.stages):
         raise LuthierError(f"the recipe has {len(recipe.stages)} stages", where="--stage", mend="Count from 0")
-    prices = json.loads(pathlib.Path(args.prices).read_text()) if args.prices else None
+    prices = _prices(args.prices) if args.prices else None
     shape = _shape(args, recipe)
     print(f"compiling for {args.topology}: seconds for millions of weights, minutes for billions", flush=True)
     check = aot.check(recipe, shape, args.topology, stage=args.stage, weights_dtype=args.weights_dtype, prices=prices)
@@ -61,6 +61,15 @@ def run(args: argparse.Namespace) -> int:
         sys.stdout.flush()
         os._exit(code)
     return code
+
+
+def _prices(path: str) -> dict[str, float]:
+    try:
+        return {
+            generation: float(dollars) for generation, dollars in json.loads(pathlib.Path(path).read_text()).items()
+        }
+    except (ValueError, TypeError, AttributeError) as error:
+        raise LuthierError(f"not a table of prices: {error}", where=path, mend='Write it as {"v5e": 1.2}') from None
 
 
 def _summary(check):

@@ -166,7 +166,7 @@ def collect(todo: Iterable[Point], workdir: epath.PathLike) -> list[dict[str, An
     rows = []
     for point in todo:
         row: dict[str, Any] = {"name": point.name, **{key: str(value) for key, value in point.overrides.items()}}
-        if (epath.Path(workdir) / point.name).is_dir():
+        if (epath.Path(workdir) / point.name / "manifest.json").exists():
             ran = read_run(epath.Path(workdir) / point.name)
             losses = [record["loss"] for record in ran.metrics if "loss" in record]
             row |= {"steps": len(ran.metrics), **({"loss": losses[-1]} if losses else {})}
