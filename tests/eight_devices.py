@@ -1,6 +1,9 @@
 """Checks that need 8 simulated devices; `python eight_devices.py NAME` runs one of them in a process of its own."""
 
+import itertools
+import math
 import os
+import re
 import sys
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
@@ -8,15 +11,18 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tiny_policy
 from jax.sharding import PartitionSpec as P
 
+from luthier import config as configs
 from luthier.models.attention import attend, make_mask
 from luthier.models.matmul import lookup, matmul
 from luthier.parallel import make_mesh, make_sharder, reduce_scatter
+from luthier.training.aot import abstract_step
 from luthier.training.flops import matmul_flops
 from luthier.training.hlo import collectives
 
-MESHES = [(8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 2, 1), (1, 4, 1, 2), (1, 2, 2, 2), (2, 4, 1, 1)]
+MESHES = [(8, 1, 1, 1), (1, 1, 1, 8), (1, 8, 1, 1), (2, 2, 2, 1), (1, 4, 1, 2), (1, 2, 2, 2), (2, 4, 1, 1)]
 AXES = [("embed", "heads"), ("heads", "embed"), ("embed", "mlp"), ("mlp", "embed"), ("embed", None), (None, "embed")]
 
 
@@ -59,14 +65,14 @@ def products():
 
 
 def scatters():
-    """A sum in stages along the lines of a torus gives each device the part that one stage gives it."""
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((8, 16, 24)), jnp.float32)
+    """A sum in stages along the lines of a torus, tile by tile, gives each device the part that one stage gives it."""
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((8, 128, 256)), jnp.float32)
     mesh = make_mesh(data=1, fsdp=8)
-    for sizes in [(8,), (2, 4), (4, 2), (2, 2, 2)]:
+    for sizes, in_tiles in itertools.product([(8,), (2, 4), (4, 2), (2, 2, 2)], [False, True]):
         for dimension, spec in [(0, P("fsdp")), (1, P(None, "fsdp"))]:
 
-            def run(x, sizes=sizes, dimension=dimension):
-                return reduce_scatter(x[0], "fsdp", dimension, sizes)
+            def run(x, sizes=sizes, in_tiles=in_tiles, dimension=dimension):
+                return reduce_scatter(x[0], "fsdp", dimension, sizes, in_tiles=in_tiles)
 
             total = jax.shard_map(run, mesh=mesh, in_specs=P("fsdp"), out_specs=spec, check_vma=False)(x)
             close(total, x.sum(0))
@@ -117,6 +123,55 @@ def splash():
         s = sharder(sizes)
         expected = jax.jit(run, static_argnums=(0, 1, 2, 3))("xla", is_local, softcap, s, q, k, v)
         close(jax.jit(run, static_argnums=(0, 1, 2, 3))("splash", is_local, softcap, s, q, k, v), expected, 2e-4)
+
+
+def steps():
+    """The real step gives the same loss on every mesh, and nothing large lies whole on a device: neither what goes in
+    and comes out, by the compiled program's shardings, nor any array with all rows and all time on the way."""
+    batch, length = 24, 80
+    few = ["model.compute_dtype=float32", f"stages[0].batch_size={batch}", f"stages[0].sequence_length={length}"]
+    recipe = configs.load("configs/pod.py", few)
+    shape = tiny_policy.config(hidden_size=64, intermediate_size=160, num_attention_heads=8, num_key_value_heads=4)
+    losses = {}
+    for sizes in [(8, 1, 1, 1), (1, 2, 1, 4), (1, 2, 2, 2)]:
+        s = sharder(sizes)
+        step, arguments, _ = abstract_step(recipe, recipe.stages[0], shape, s, "float32")
+        compiled = step.lower(*arguments).compile()
+        (state_in, _, _), _ = compiled.input_shardings
+        parts = s.size("fsdp") * s.size("sequence")
+        for found in (state_in, compiled.output_shardings[0]):
+            for leaf, where in zip(jax.tree.leaves(arguments[0]), jax.tree.leaves(found), strict=True):
+                if leaf.size > 1000:
+                    assert math.prod(where.shard_shape(leaf.shape)) <= leaf.size // parts, (sizes, leaf, where)
+        widths = re.findall(rf"f32\[{batch},{length},(\d+)", compiled.as_text())
+        assert all(int(width) < shape.hidden_size for width in widths), (sizes, set(widths))
+        losses[sizes] = np.array([float(one["loss"]) for one in _run(compiled, *arguments)])
+    for found in losses.values():
+        np.testing.assert_allclose(found, losses[8, 1, 1, 1], rtol=1e-5)
+
+
+def _run(compiled, state, frozen, batch):
+    """Metrics of two steps from seeded values of the arguments' shapes."""
+    rng = np.random.default_rng(0)
+
+    def value(path, leaf):
+        if jnp.issubdtype(leaf.dtype, jnp.integer):
+            x = np.zeros(leaf.shape) if not leaf.ndim else rng.integers(1, 200, leaf.shape)
+        else:
+            x = rng.standard_normal(leaf.shape) * 0.1
+        return jax.device_put(x.astype(leaf.dtype), leaf.sharding)
+
+    state, frozen, batch = jax.tree.map_with_path(value, (state, frozen, batch))
+    state = state.replace(opt_state=jax.tree.map(lambda x: x * 0, state.opt_state))
+    rows = batch["tokens"].shape
+    batch |= {
+        "segment_ids": jax.device_put(jnp.ones(rows, jnp.int32), batch["tokens"].sharding),
+        "positions": jax.device_put(jnp.arange(rows[1])[None].repeat(rows[0], 0), batch["tokens"].sharding),
+        "loss_weights": jax.device_put(jnp.ones(rows), batch["tokens"].sharding),
+    }
+    for _ in range(2):
+        state, metrics = compiled(state, frozen, batch)
+        yield metrics
 
 
 if __name__ == "__main__":

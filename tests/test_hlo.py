@@ -53,6 +53,15 @@ def test_collectives_by_hand():
     ]
 
 
+def test_two_stages_of_a_sum_are_two():
+    """The collectives of a shard_map share channel 1 and the name of their source; their groups differ."""
+    line = '  %s{0} = f32[{1}]{{0}} reduce-scatter(%x), channel_id=1, replica_groups={2}, metadata={{op_name="sum"}}'
+    stages = [line.format("1", 8, "{{0,2},{1,3}}"), line.format("2", 4, "{{0,1},{2,3}}")]
+    text = "\n".join(["ENTRY %main (x: f32[16]) -> f32[4] {", *stages, "}"])
+    (found,) = collectives(text, {"fsdp": 4})
+    assert found == Collective("reduce-scatter", "fsdp", 2, 4 * (8 + 4), 4 * (8 + 4))
+
+
 def matrices(*shapes):
     return [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
 

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from luthier.parallel import BATCH_AXES, Sharder, reduce_scatter
+from luthier.parallel import BATCH_AXES, Sharder, spread, sum_parts
 
 ROW_AXES = (*BATCH_AXES, "sequence")
+ROW_DIMENSION = {"data": 0, "fsdp": 0, "sequence": 1}  # of `[B, T]`
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -64,8 +65,10 @@ def _backward(sharder, axes, kept, g):
         return jax.lax.psum(dx, "tensor") if w_spec[1] == "tensor" else dx
 
     def of_w(x, g):
-        wide = jnp.promote_types(x.dtype, jnp.float32)
-        return _scattered(_contract_rows(x, g, wide), w_spec, sharder).astype(w.dtype)
+        dw = _contract_rows(x, g, jnp.promote_types(x.dtype, jnp.float32))
+        return sum_parts(dw, tuple(axis for axis in ROW_AXES if sharder.size(axis) > 1), w_spec, sharder).astype(
+            w.dtype
+        )
 
     dx = None if moves is None else _on_mesh(of_x, sharder, (y_spec, w_spec), x_spec)(g, w)
     return dx, None if x is None else _on_mesh(of_w, sharder, (x_spec, y_spec), w_spec)(x, g)
@@ -81,20 +84,23 @@ def lookup(table: Float[Array, "V E"], tokens: Int[Array, "B T"], dtype, sharder
     exchange parts of the result: neither the table nor its gradient is ever whole anywhere.
     """
     take = functools.partial(jnp.take, axis=0, mode="clip")
-    table_spec = sharder.spec(("vocab", "embed"), table.shape) if sharder.mesh is not None else P()
-    rows = _rows(sharder, tokens.shape)
-    if rows is None or _axes(table_spec) - {"fsdp", "tensor"} or "fsdp" not in _axes(table_spec):
+    table_spec = sharder.spec(("vocab", "embed"), table.shape) if sharder.mesh is not None else P(None, None)
+    rows, columns = _rows(sharder, tokens.shape), spread(table_spec[1])
+    if rows is None or not columns or not _served(table_spec):
         return take(table, tokens).astype(dtype)
 
     def look_up(table, tokens):
-        tokens = jax.lax.all_gather(tokens, "fsdp", axis=0, tiled=True)
+        for axis in columns:
+            tokens = jax.lax.all_gather(tokens, axis, axis=ROW_DIMENSION[axis], tiled=True)
         if table_spec[0] == "tensor":
             tokens -= jax.lax.axis_index("tensor") * table.shape[0]
             mine = (tokens >= 0) & (tokens < table.shape[0])
             x = jax.lax.psum(jnp.where(mine[..., None], take(table, tokens), 0).astype(dtype), "tensor")
         else:
             x = take(table, tokens).astype(dtype)
-        return jax.lax.all_to_all(x, "fsdp", split_axis=0, concat_axis=2, tiled=True)
+        for axis in reversed(columns):
+            x = jax.lax.all_to_all(x, axis, split_axis=ROW_DIMENSION[axis], concat_axis=2, tiled=True)
+        return x
 
     return _on_mesh(look_up, sharder, (table_spec, rows), rows)(table, tokens)
 
@@ -114,7 +120,7 @@ def _layout(rows_shape, w_shape, sharder: Sharder, axes) -> tuple[P, P, P] | Non
     if len(rows_shape) != 2 or sharder.mesh is None:
         return None
     rows, w_spec = _rows(sharder, rows_shape), sharder.spec(axes, w_shape)
-    if rows is None or _axes(w_spec) - {"fsdp", "tensor"}:
+    if rows is None or not _served(w_spec):
         return None
     of_rows = lambda part: P(*rows, part if part == "tensor" else None)  # noqa: E731
     return of_rows(w_spec[0]), w_spec, of_rows(w_spec[1])
@@ -128,8 +134,13 @@ def _rows(sharder: Sharder, shape) -> P | None:
     return rows if _axes(rows) == {axis for axis in ROW_AXES if sharder.size(axis) > 1} else None
 
 
+def _served(spec: P) -> bool:
+    """A dimension of the weight is split over `tensor` alone, or over axes of the rows."""
+    return all(part == "tensor" or set(spread(part)) <= set(ROW_AXES) for part in spec)
+
+
 def _axes(spec: P) -> set[str]:
-    return {axis for part in spec if part for axis in ((part,) if isinstance(part, str) else part)}
+    return {axis for part in spec for axis in spread(part)}
 
 
 def _on_mesh(f, sharder: Sharder, in_specs, out_specs):
@@ -139,17 +150,7 @@ def _on_mesh(f, sharder: Sharder, in_specs, out_specs):
 def _gathered(w, dtype, spec: P):
     """The weight in the dtype of its product, whole but for `tensor`."""
     w = w.astype(dtype)
-    for axis, part in enumerate(spec):
-        if part == "fsdp":
-            w = jax.lax.all_gather(w, "fsdp", axis=axis, tiled=True)
+    for dimension, part in enumerate(spec):
+        if part is not None and part != "tensor":
+            w = jax.lax.all_gather(w, part, axis=dimension, tiled=True)
     return w
-
-
-def _scattered(dw, spec: P, sharder: Sharder):
-    """The sum over all rows, each device keeping its part."""
-    others = tuple(axis for axis in ROW_AXES if sharder.size(axis) > 1)
-    for axis, part in enumerate(spec):
-        if part == "fsdp":
-            dw = reduce_scatter(dw, "fsdp", axis, sharder.torus("fsdp"))
-            others = tuple(one for one in others if one != "fsdp")
-    return jax.lax.psum(dw, others) if others else dw

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from luthier.parallel import BATCH_AXES, Sharder, reduce_scatter
+from luthier.parallel import BATCH_AXES, Sharder, sum_parts
 
 CHUNK_BYTES = 1 << 26  # logits of one chunk on one device, in float32: what the caches of a CPU like
 ACCELERATOR_CHUNKS = 4  # times as large elsewhere, or reading the head for each chunk would bound the speed
@@ -157,18 +157,11 @@ def _head_spec(sharder: Sharder, shape, width: int) -> P:
 
 def _summed(body, sharder, specs, *arguments):
     outputs, gradients, hidden_gradient = body(*arguments)
-    return outputs, [_sum_parts(x, sharder, spec) for x, spec in zip(gradients, specs)], hidden_gradient
-
-
-def _sum_parts(x, sharder: Sharder, spec: P):
-    """The sum over all devices, of which each keeps the part that `spec` gives it."""
-    axes = sharder.mesh.axis_names
-    for dimension, parts in enumerate(spec):
-        if parts is not None:
-            for axis in (parts,) if isinstance(parts, str) else parts:
-                x = reduce_scatter(x, axis, dimension, sharder.torus(axis))
-                axes = tuple(one for one in axes if one != axis)
-    return jax.lax.psum(x, axes)
+    return (
+        outputs,
+        [sum_parts(x, sharder.mesh.axis_names, spec, sharder) for x, spec in zip(gradients, specs)],
+        hidden_gradient,
+    )
 
 
 def _chunks(unembed, token_fn, structure, flags, chunk_bytes, leaves, rng, hidden, weights, tok, token_ids):

@@ -17,7 +17,7 @@ BATCH_AXES = ("data", "fsdp")
 RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("batch", BATCH_AXES),
     ("time", ("sequence",)),
-    ("embed", ("fsdp",)),
+    ("embed", ("fsdp", "sequence")),
     ("vocab", ("tensor",)),
     ("heads", ("tensor",)),
     ("kv_heads", ("tensor",)),
@@ -29,8 +29,8 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
 class Sharder:
     """A mesh and the rules that map logical axes to it; without a mesh it leaves arrays alone.
 
-    An axis is split only where that divides it evenly (attention axes: by whole heads), and
-    replicated otherwise; a mesh axis serves the first logical axis of an array that asks for it.
+    An axis is split over as many of its rule's mesh axes as divide it evenly (attention axes: by whole
+    heads), first to last; a mesh axis serves the first logical axis of an array that asks for it.
 
     Attributes:
       units: indivisible counts of flattened axes, such as ("heads", 9).
@@ -57,12 +57,10 @@ class Sharder:
         rules, units, used, parts = dict(reversed(self.rules)), dict(self.units), set(), []
         for axis, size in zip(axes, shape):
             wanted = tuple(m for m in rules.get(axis, ()) if m not in used and self.mesh.shape[m] > 1)
-            split = math.prod(self.mesh.shape[m] for m in wanted)
-            if split == 1 or units.get(axis, size) % split or size % split:
-                parts.append(None)
-            else:
-                used.update(wanted)
-                parts.append(wanted if len(wanted) > 1 else wanted[0])
+            while math.gcd(units.get(axis, size), size) % math.prod(self.mesh.shape[m] for m in wanted):
+                wanted = wanted[:-1]
+            used.update(wanted)
+            parts.append(wanted if len(wanted) > 1 else wanted[0] if wanted else None)
         return PartitionSpec(*parts)
 
     def sharding(self, axes: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:

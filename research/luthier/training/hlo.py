@@ -41,16 +41,16 @@ def collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
     found = [(*one, match) for one in instructions(text) if (match := _CALL.search(one[2]))]
     sources: dict[str, set] = {}
     for _, _, line, match in found:
-        sources.setdefault(_channel(line), set()).add((match[2], _source(line)))
+        sources.setdefault(_identity(line), set()).add((match[2], _source(line)))
     sums: dict[tuple[str, str], list[float]] = {}
     seen = set()
     for times, computation, line, match in found:
-        # The parts of one asynchronous collective share channel and source; those of a shard_map the channel only.
-        channel = _channel(line)
-        if channel and len(sources[channel]) == 1:
-            if channel in seen:
+        # The parts of one asynchronous collective share identity and source; those of a shard_map the channel only.
+        identity = _identity(line)
+        if identity and len(sources[identity]) == 1:
+            if identity in seen:
                 continue
-            seen.add(channel)
+            seen.add(identity)
         kind, output = match[2], _output_bytes(match[1], match[2], is_start=bool(match[3]))
         members, axes = _group(line, mesh_shape)
         if computation.startswith("all-reduce-scatter"):  # how a TPU's program writes a reduce-scatter
@@ -72,9 +72,11 @@ def collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
 _CALL = re.compile(rf"= (.*?) ({'|'.join(COLLECTIVES)})(-start)?\(")
 
 
-def _channel(line: str) -> str:
-    found = re.search(r"channel_id=(\d+)", line)
-    return found[1] if found else ""
+def _identity(line: str) -> str:
+    """Channel and groups; "" without a channel."""
+    found = re.search(r"channel_id=\d+", line)
+    groups = re.search(r"replica_groups=\S+", line)
+    return found[0] + (groups[0] if groups else "") if found else ""
 
 
 def _source(line: str) -> str:
