@@ -16,6 +16,7 @@ STAGE = """
 """
 MODEL = ', compute_dtype="bfloat16", remat="full"'
 SHAPE = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 512}
+SHORT = ["--config.stages[0].batch_size=1", "--config.stages[0].sequence_length=64"]
 
 
 @pytest.fixture(scope="module", params=["", 'c.spec("lora"),'], ids=["full", "lora"])
@@ -29,9 +30,8 @@ def libtpu():
     pytest.importorskip("libtpu")
 
 
-@pytest.mark.parametrize("mesh", [{"fsdp": 4, "data": 1}, {"fsdp": 2, "tensor": 2, "data": 1}])
-def test_a_step_for_four_chips(mesh, recipe, libtpu, tmp_path, capsys):
-    words = [f"--config.mesh.{axis}={size}" for axis, size in mesh.items()]
+def test_a_step_for_four_chips(recipe, libtpu, tmp_path, capsys):
+    words = [f"--config.mesh.{axis}={size}" for axis, size in {"fsdp": 2, "tensor": 2, "data": 1}.items()]
     out = tmp_path / "check.json"
     code = main(["compile-check", f"--config={recipe}", "--topology=v5e:2x2", f"--out={out}", *words])
     shown = capsys.readouterr()
@@ -41,6 +41,20 @@ def test_a_step_for_four_chips(mesh, recipe, libtpu, tmp_path, capsys):
     assert record["bound_seconds"] == max(record["bounds"].values())
     kinds = {(one["kind"], one["axes"]) for one in record["collectives"]}
     assert ("all-gather", "fsdp") in kinds and ("reduce-scatter", "fsdp") in kinds
+
+
+@pytest.mark.parametrize("recipe", [""], indirect=True)
+def test_a_search_lists_what_fits(recipe, libtpu, tmp_path, capsys):
+    out = tmp_path / "search.json"
+    words = ["compile-check", f"--config={recipe}", "--topology=v5e:2x2", f"--out={out}", "--search=2"]
+    assert main(words) == 0
+    shown = capsys.readouterr()
+    assert "compiled 2/2" in shown.err and "micro-batches" in shown.out
+    best, other = json.loads(out.read_text())["results"]
+    assert best["fits"] and best["mesh"] != other["mesh"] and best["micro_batches"] == 1
+    assert best["bound_seconds"] <= 1.01 * other["bound_seconds"]
+    sizes = " ".join(f"--config.mesh.{axis}={size}" for axis, size in best["mesh"].items())
+    assert f"best    {sizes} --config.stages[0].micro_batches=1" in shown.out
 
 
 def test_what_does_not_fit_is_said(libtpu, capsys):
@@ -58,6 +72,8 @@ def test_what_does_not_fit_is_said(libtpu, capsys):
         (["--topology=v5e:2x2", "--model=llama3-8b", "--config.stages[0].batch_size=6"], "stage.batch_size"),
         (["--topology=v5e:2x2", "--model=llama3-8b", "--stage=1"], "--stage"),
         (["--topology=v5e:2x2", "--model=llama3-8b", "--prices=setup.cfg"], "not a table of prices"),
+        (["--topology=v5e:2x2", "--model=llama3-8b", "--search=0"], "--search"),
+        (["--topology=v5e:16x16", "--model=llama3-8b", "--search", *SHORT], "no mesh over 256 chips"),
     ],
 )
 def test_bad_input(words, said, libtpu, capsys):

@@ -21,7 +21,7 @@ from luthier.config import resolve
 from luthier.errors import LuthierError
 from luthier.models import ModelConfig
 from luthier.parallel import Sharder
-from luthier.training.flops import matmul_flops
+from luthier.training.flops import causal_share, matmul_flops
 from luthier.training.hlo import Collective, collectives
 from luthier.training.run import (
     config_sharder,
@@ -76,12 +76,12 @@ CHIPS: Mapping[str, Chip] = {
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """Described TPU slices: their shape, such as `4x4`, number, generation and devices."""
+    """TPU slices: their shape, such as `4x4`, number, generation, and devices where libtpu describes them."""
 
     shape: str
     count: int
     chip: Chip
-    devices: tuple[jax.Device, ...]
+    devices: tuple[jax.Device, ...] = ()
 
     def network_bandwidth(self) -> float:
         """Bytes a second that the worst-placed chip can receive: a link an axis, two where it closes to a ring."""
@@ -135,6 +135,7 @@ class Check:
     topology: str
     mesh: dict[str, int]
     tokens: int
+    micro_batches: int
     compile_seconds: float
     capacity: float
     peak_flops: float
@@ -194,6 +195,7 @@ def check(
         topology=topology,
         mesh=dict(sharder.mesh.shape),
         tokens=chosen.batch_size * chosen.sequence_length,
+        micro_batches=chosen.micro_batches,
         compile_seconds=0.0,
         capacity=place.chip.capacity,
         peak_flops=place.chip.flops,
@@ -214,7 +216,9 @@ def check(
     except jax.errors.JaxRuntimeError:  # v5p with jax 0.10
         talk = None
     chips = sharder.mesh.size
-    flops = matmul_flops(traced.jaxpr, kernel_share=_causal_share(chosen.sequence_length)) / chips
+    windows = [shape.sliding_window if local else None for local in shape.local_layers]
+    share = sum(causal_share(chosen.sequence_length, window) for window in windows) / shape.num_layers
+    flops = matmul_flops(traced.jaxpr, kernel_share=share) / chips
     moved = memory.argument_size_in_bytes + memory.output_size_in_bytes
     bounds = {"compute": flops / place.chip.flops, "memory": moved / place.chip.memory_bandwidth}
     if talk is not None:
@@ -293,9 +297,3 @@ def to_json(check: Check) -> dict[str, Any]:
     if check.bounds:
         record |= {"bound_seconds": check.seconds, "bound_mfu": check.mfu, "dollars": check.dollars}
     return record
-
-
-def _causal_share(length: int, tile: int = 512) -> float:
-    """Of the square of tiles, what a causal kernel computes."""
-    tiles = max(1, length // math.gcd(length, tile))
-    return (tiles + 1) / (2 * tiles)

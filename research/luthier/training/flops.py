@@ -11,9 +11,24 @@ def matmul_flops(jaxpr: core.ClosedJaxpr, *, kernel_share: float = 1.0) -> float
 
     Args:
       jaxpr: of the program before it is partitioned, such as `jax.jit(f).trace(*args).jaxpr`.
-      kernel_share: of a Pallas kernel's grid, the share that is not skipped (0.5 for causal attention).
+      kernel_share: of a Pallas kernel's grid, the share that is not skipped (`causal_share`, the mean of all layers:
+        of branches the one with the whole grid counts).
     """
     return _count(jaxpr.jaxpr, kernel_share)
+
+
+def causal_share(length: int, window: int | None = None, tile: int = 512) -> float:
+    """Of the square of tiles over queries and keys, what a causal kernel computes.
+
+    Args:
+      length: of a row, in tokens.
+      window: a query attends to the last so many tokens, itself included; None to all.
+      tile: the kernel's, where it divides the length.
+    """
+    tile = math.gcd(length, tile)
+    tiles = length // tile
+    back = tiles - 1 if window is None else min(tiles - 1, -(-(window - 1) // tile))
+    return sum(min(row, back) + 1 for row in range(tiles)) / tiles**2
 
 
 def _count(jaxpr, share: float) -> float:
