@@ -356,6 +356,14 @@ def test_a_damaged_cache_is_built_again_with_a_notice(tmp_path, monkeypatch, cap
     assert len(calls) == 2
 
 
+def test_a_cache_that_is_cut_while_in_use_is_said(tmp_path):
+    made = built(file_of(tmp_path / "a.jsonl", records(20)))
+    (folder,) = [f for f in (tmp_path / "cache" / "tokens").iterdir() if f.is_dir()]
+    truncate(folder)
+    with pytest.raises(LuthierError, match="the token cache was cut while in use. Start again"):
+        epoch_of(made)
+
+
 def test_a_cache_in_a_bucket_is_shared_by_machines(tmp_path, monkeypatch, caplog):
     calls = counted(monkeypatch)
     (tmp_path / "disk").mkdir()
@@ -493,3 +501,6 @@ def test_memory_stays_flat(tmp_path):
         batches.open_source = real
     assert made.counts["examples"] == 6000
     assert peak < 12e6
+    epoch_of(made)
+    with open("/proc/self/maps") as maps:  # pages of a map would be memory of this process, in the end all of them
+        assert str(tmp_path) not in maps.read()

@@ -43,7 +43,7 @@ class Part:
     """One source of the mixture, tokenised, and the stretch of each example that is used.
 
     Attributes:
-      starts, lengths: of the examples that are kept, in the flat arrays of `tokens`.
+      starts, lengths: of the examples that are kept, in the tokens of `tokens`.
       rate: share of the examples of an epoch, relative to the other parts.
       counts: what became of the records.
     """
@@ -75,12 +75,12 @@ class Batches:
         self.parts, self.sequence_length, self.batch_size = parts, sequence_length, batch_size
         self._tokenizer, self._seed, self._packing = tokenizer, seed, packing
         self._pad = tokenizer.pad_id if tokenizer.pad_id is not None else 0
-        self._lengths = np.concatenate([part.lengths for part in parts])
-        self._starts = np.concatenate([part.starts for part in parts])
+        self._lengths = _joined([part.lengths for part in parts])
+        self._starts = _joined([part.starts for part in parts])
         self._bases = np.concatenate([[0], np.cumsum([len(part.lengths) for part in parts])])
         self._shares = _shares([part.rate for part in parts], int(self._bases[-1]))
-        self._lock, self._first_rows, self._first_tokens = threading.Lock(), [0], [0]
-        self._plan = functools.lru_cache(maxsize=2)(self._planned)
+        self._lock, self._first_rows, self._first_tokens = threading.RLock(), [0], [0]
+        self._plans = functools.lru_cache(maxsize=2)(self._planned)
         self.rows_per_epoch = len(self._plan(0))
         counts = collections.Counter()
         for part in parts:
@@ -88,9 +88,7 @@ class Batches:
         filled = int(self._lengths[self._plan(0).examples].sum())
         self.counts = {**counts, "packing_efficiency": filled / (self.rows_per_epoch * sequence_length)}
         shape = [sequence_length, batch_size, seed, packing]
-        used = [
-            [p.tokens.key, p.rate, hashlib.blake2b(p.starts.tobytes() + p.lengths.tobytes()).hexdigest()] for p in parts
-        ]
+        used = [[p.tokens.key, p.rate, _digest(p.starts, p.lengths)] for p in parts]
         self.fingerprint = hashlib.blake2b(json.dumps([shape, used]).encode(), digest_size=16).hexdigest()
 
     def rows(self, step: int, start: int = 0, stop: int | None = None) -> dict[str, np.ndarray]:
@@ -114,7 +112,7 @@ class Batches:
         row_starts = np.concatenate([[0], ends])[np.cumsum(counts) - counts]  # tokens before each row
         within = np.arange(int(lengths.sum())) - np.repeat(ends - lengths, lengths)
         flat = np.repeat(row * self.sequence_length + ends - lengths - row_starts[row], lengths) + within
-        ids, weights = self._gather(examples, lengths, ends, within)
+        ids, weights = self._gather(examples, lengths)
         last = within == np.repeat(lengths, lengths) - 1
         shape = (stop - start, self.sequence_length)
         segments = np.arange(len(examples)) - np.repeat(np.cumsum(counts) - counts, counts) + 1
@@ -148,22 +146,23 @@ class Batches:
         """(token text, role, weight) of every token of the first examples, as they are trained on."""
         result = []
         for part in self.parts:
-            for start, length in zip(part.starts[:count], part.lengths[:count]):
-                stretch = slice(start, start + length)
-                texts = [self._tokenizer.decode([token]) for token in part.tokens.ids[stretch]]
-                roles = [tokenize.ROLES[role] for role in part.tokens.roles[stretch]]
-                weights = [0.0, *map(float, part.tokens.weights[stretch][1:])]
+            for number in range(min(count, len(part.starts))):
+                stretch = part.starts[number : number + 1], part.lengths[number : number + 1]
+                texts = [self._tokenizer.decode([token]) for token in part.tokens.read("ids", *stretch)]
+                roles = [tokenize.ROLES[role] for role in part.tokens.read("roles", *stretch)]
+                weights = [0.0, *map(float, part.tokens.read("weights", *stretch)[1:])]
                 result.append(list(zip(texts, roles, weights)))
         return result[:count]
 
-    def _gather(self, examples, lengths, ends, within) -> tuple[np.ndarray, np.ndarray]:
-        ids, weights = np.empty(len(within), np.int32), np.empty(len(within), np.float32)
-        source = np.repeat(self._starts[examples], lengths) + within
+    def _gather(self, examples: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and weights of some examples, one after the other."""
+        ids, weights = np.empty(int(lengths.sum()), np.int32), np.empty(int(lengths.sum()), np.float32)
         part_of = np.searchsorted(self._bases, examples, side="right") - 1
         for index in np.unique(part_of):
-            mine = np.repeat(part_of == index, lengths) if len(self.parts) > 1 else slice(None)
-            ids[mine] = self.parts[index].tokens.ids[source[mine]]
-            weights[mine] = self.parts[index].tokens.weights[source[mine]]
+            here = part_of == index
+            mine = np.repeat(here, lengths)
+            for name, values in (("ids", ids), ("weights", weights)):
+                values[mine] = self.parts[index].tokens.read(name, self._starts[examples[here]], lengths[here])
         return ids, weights
 
     def _row(self, index: int) -> np.ndarray:
@@ -182,6 +181,10 @@ class Batches:
                 self._first_rows.append(self._first_rows[-1] + len(plan))
             epoch = int(np.searchsorted(self._first_rows, index, side="right")) - 1
             return epoch, index - self._first_rows[epoch]
+
+    def _plan(self, epoch: int) -> packing.Plan:
+        with self._lock:  # of the threads that come to a new epoch, one makes its plan
+            return self._plans(epoch)
 
     def _planned(self, epoch: int) -> packing.Plan:
         chosen = self._examples(epoch)
@@ -332,14 +335,13 @@ def _tokenised(source: Source, form: Format, tokenizer, template, train_on: str)
 
 def _kept(section: ConfigDict, source: Source, rate: float, tokens: cache.TokenCache, sequence_length: int) -> Part:
     """Applies the truncation policy, and drops what it leaves without a target."""
-    lengths = np.array(tokens.lengths)
-    starts = np.array(tokens.offsets[:-1])
-    targets = np.array(tokens.targets)
+    lengths = np.diff(tokens.offsets).astype(np.int32)
+    starts, targets = tokens.offsets[:-1].copy(), tokens.targets.copy()
     over = np.flatnonzero(lengths > sequence_length)
     keep = np.ones(len(lengths), bool)
     if section.truncation == "error" and len(over):
         first = int(over[0])
-        weights = tokens.weights[starts[first] : starts[first] + lengths[first]]
+        weights = tokens.read("weights", starts[first : first + 1], lengths[first : first + 1])
         raise LuthierError(
             f"the example has {lengths[first]} tokens ({int(np.argmax(weights > 0))} before the first target), the "
             f"sequence length is {sequence_length}; {len(over)} of {len(lengths)} examples are too long",
@@ -352,8 +354,10 @@ def _kept(section: ConfigDict, source: Source, rate: float, tokens: cache.TokenC
         if section.truncation == "keep_end":
             starts[over] += lengths[over] - sequence_length
         lengths[over] = sequence_length
-        for i in over:
-            targets[i] = np.count_nonzero(tokens.weights[starts[i] + 1 : starts[i] + lengths[i]])
+        for some in np.array_split(over, -(-len(over) // _CHUNK) or 1):
+            # The first token of a stretch is never a target.
+            weights = tokens.read("weights", starts[some] + 1, lengths[some] - 1)
+            targets[some] = np.count_nonzero(weights.reshape(len(some), sequence_length - 1), axis=1)
         keep[over[targets[over] == 0]] = False
     if not keep.any():
         raise LuthierError(
@@ -361,7 +365,7 @@ def _kept(section: ConfigDict, source: Source, rate: float, tokens: cache.TokenC
             where=section.source,
             mend="Raise stage.sequence_length",
         )
-    flags = np.asarray(tokens.flags)[keep]
+    flags = tokens.flags[keep]
     counts = {
         "examples": int(keep.sum()),
         "dropped": int((~keep).sum()),
@@ -388,6 +392,17 @@ def _notice(source: str, counts: Mapping[str, int], sequence_length: int) -> Non
             _LOG.warning("%s: %d of %d examples %s", source, counts[name], counts["examples"], remark)
     if counts["dropped"]:
         _LOG.warning("%s: %d examples dropped: longer than %d tokens", source, counts["dropped"], sequence_length)
+
+
+def _joined(arrays: list[np.ndarray]) -> np.ndarray:
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+
+def _digest(*arrays: np.ndarray) -> str:
+    digest = hashlib.blake2b()
+    for array in arrays:
+        digest.update(array)
+    return digest.hexdigest()
 
 
 def _shares(rates: list[float], total: int) -> list[int]:

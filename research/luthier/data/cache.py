@@ -1,4 +1,4 @@
-"""Tokenised examples on disk: flat memory-mapped arrays, built once and found again by a key.
+"""Tokenised examples on disk: flat arrays, built once and found again by a key.
 
 A cache is a folder ROOT/KEY with one file an array and `meta.json`, which is written last and
 states the size of each file. It is built beside and renamed, so a reader sees all of it or none.
@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
-import functools
 import hashlib
 import json
 import logging
@@ -20,21 +19,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 from etils import epath
-from jaxtyping import Float32, Int32, Int64, UInt8
+from jaxtyping import Int, Int32, Int64, Shaped, UInt8
 
 from luthier.data.sources import default_cache_dir
 from luthier.data.tokenize import Tokens
 from luthier.errors import LuthierError
 
 _LOG = logging.getLogger("luthier")
-_ARRAYS = {
-    "ids": np.int32,
-    "weights": np.float32,
-    "roles": np.uint8,
-    "offsets": np.int64,
-    "flags": np.uint8,
-    "targets": np.int32,
-}
+_OF_TOKENS = {"ids": np.int32, "weights": np.float32, "roles": np.uint8}
+_OF_EXAMPLES = {"offsets": np.int64, "flags": np.uint8, "targets": np.int32}
+_ARRAYS = _OF_TOKENS | _OF_EXAMPLES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,26 +36,38 @@ class TokenCache:
     """The tokens of all examples of a source, one after the other.
 
     Attributes:
-      ids, weights, roles: as in `Tokens`, flat; example i is `offsets[i]:offsets[i + 1]`.
+      folder: where it lies.
+      key: what the cache was made from.
+      offsets: example i is tokens `offsets[i]` to `offsets[i + 1]`.
       flags: of each example, as in `Tokens`.
       targets: number of targets of each example.
-      key: what the cache was made from.
     """
 
-    ids: Int32[np.ndarray, " tokens"]
-    weights: Float32[np.ndarray, " tokens"]
-    roles: UInt8[np.ndarray, " tokens"]
+    folder: pathlib.Path
+    key: str
     offsets: Int64[np.ndarray, " examples+1"]
     flags: UInt8[np.ndarray, " examples"]
     targets: Int32[np.ndarray, " examples"]
-    key: str
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    @functools.cached_property
-    def lengths(self) -> Int64[np.ndarray, " examples"]:
-        return np.diff(self.offsets)
+    def read(
+        self, name: str, starts: Int[np.ndarray, " stretches"], lengths: Int[np.ndarray, " stretches"]
+    ) -> Shaped[np.ndarray, " tokens"]:
+        """The `ids`, `weights` or `roles` (as in `Tokens`) of stretches of tokens, one after the other."""
+        # Read and not mapped: the pages of a map count as memory of this process, in the end all of them.
+        found = np.empty(int(lengths.sum()), _OF_TOKENS[name])
+        place, size, done = memoryview(found.view(np.uint8)), found.itemsize, 0
+        file = os.open(self.folder / f"{name}.bin", os.O_RDONLY)
+        try:
+            for start, length in zip((starts * size).tolist(), (lengths * size).tolist()):
+                done += os.preadv(file, [place[done : done + length]], start)
+        finally:
+            os.close(file)
+        if done < found.nbytes:
+            raise LuthierError("the token cache was cut while in use", where=self.folder, mend="Start again")
+        return found
 
 
 def key_of(*parts: str) -> str:
@@ -156,11 +162,9 @@ def _damage(folder: epath.Path | pathlib.Path, key: str) -> str:
 
 
 def _open(folder: pathlib.Path, key: str) -> TokenCache:
-    arrays = {}
-    for name, dtype in _ARRAYS.items():
-        path = folder / f"{name}.bin"
-        arrays[name] = np.memmap(path, dtype, mode="r") if path.stat().st_size else np.zeros(0, dtype)
-    return TokenCache(**arrays, key=key)
+    return TokenCache(
+        folder, key, **{name: np.fromfile(folder / f"{name}.bin", dtype) for name, dtype in _OF_EXAMPLES.items()}
+    )
 
 
 def _download(remote: epath.Path, folder: pathlib.Path, key: str) -> bool:

@@ -60,15 +60,18 @@ def permutation(count: int, *keys: int) -> Int[np.ndarray, " count"]:
     key = np.zeros(1, np.uint64)
     for part in keys:
         key = _mixed(key + np.asarray([int(part) % (1 << 64)], np.uint64))
-    return np.argsort(_mixed(np.arange(count, dtype=np.uint64) ^ key), kind="stable")
+    return np.argsort(_mixed(np.arange(count, dtype=np.uint64) ^ key))  # no two are equal: any sort gives the same
 
 
 def _mixed(values: np.ndarray) -> np.ndarray:
     """SplitMix64 (Steele, Lea, Flood 2014), a bijection of 64-bit integers."""
     values = values + np.uint64(0x9E3779B97F4A7C15)
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+    values ^= values >> np.uint64(30)
+    values *= np.uint64(0xBF58476D1CE4E5B9)
+    values ^= values >> np.uint64(27)
+    values *= np.uint64(0x94D049BB133111EB)
+    values ^= values >> np.uint64(31)
+    return values
 
 
 def _best_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:

@@ -19,7 +19,7 @@ from etils import epath
 
 from luthier.errors import LuthierError
 
-_BLOCK = 1 << 24
+_BLOCK = 1 << 20
 
 
 class Source(Protocol):

@@ -5,6 +5,7 @@ whole diverge (TRL's rule), so a token that straddles it is a target; such examp
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -102,11 +103,12 @@ def _texts(examples: Sequence[Text], where: Sequence[str], tokenizer, train_on: 
             )
         before = _one_bos(before[:-1] if adds_eos else before, tokenizer)
         ids = _one_eos(_one_bos(ids, tokenizer), tokenizer)
-        array = np.asarray(ids, np.int32)
-        start = _common_prefix(np.asarray(before, np.int32), array) if last == "completion" else 0
-        roles = np.full(len(array), ROLES.index(last), np.uint8)
+        start = _common_prefix(before, ids) if last == "completion" else 0
+        roles = np.full(len(ids), ROLES.index(last), np.uint8)
         roles[:start] = ROLES.index("prompt")
-        mask = np.arange(len(array)) >= (0 if train_on == "all" else start)
+        mask = np.ones(len(ids), bool)
+        mask[: 0 if train_on == "all" else start] = False
+        array = np.asarray(ids, np.int32)
         result.append(_tokens(array, mask, roles, tokenizer, boundary=last == "completion" and start < len(before)))
     return result
 
@@ -129,7 +131,8 @@ def _chats(
     result = []
     for conversation, place, (ids, offsets), before in zip(rendered, where, encoded, prompts):
         array = np.asarray(ids, np.int32)
-        starts, ends = np.asarray(offsets, np.int64).reshape(-1, 2).T
+        edges = np.fromiter(itertools.chain.from_iterable(offsets), np.int64, 2 * len(offsets))
+        starts, ends = edges.reshape(-1, 2).T.copy()
         if len(array) > 1 and array[0] == array[1] == tokenizer.bos_id:
             raise LuthierError(
                 "the conversation begins with two BOS tokens",
@@ -146,7 +149,7 @@ def _chats(
             roles[span] = ROLES.index("assistant")
         prefix = len(before)
         if conversation.prompt is not None:
-            prefix = _common_prefix(np.asarray(before, np.int32), array)
+            prefix = _common_prefix(before, ids)
             mask[prefix : np.argmax(mask) if mask.any() else 0] = True
         result.append(_tokens(array, mask, roles, tokenizer, boundary=prefix < len(before)))
     return result
@@ -194,7 +197,8 @@ def _ids(example: Ids, where: str, tokenizer, train_on: str) -> Tokens:
 def _tokens(ids: np.ndarray, mask: np.ndarray, roles: np.ndarray, tokenizer, *, boundary: bool) -> Tokens:
     weights = mask.astype(np.float32)
     weights[:1] = 0.0
-    terminated = np.isin(ids[weights > 0], tokenizer.eos_ids).any()
+    targets = ids[weights > 0]
+    terminated = any((targets == eos).any() for eos in tokenizer.eos_ids)
     return Tokens(ids, weights, roles, BOUNDARY * boundary + UNTERMINATED * (not terminated))
 
 
@@ -212,10 +216,10 @@ def _one_eos(ids: list[int], tokenizer) -> list[int]:
     return [*ids, tokenizer.eos_id]
 
 
-def _common_prefix(first: np.ndarray, second: np.ndarray) -> int:
-    length = min(len(first), len(second))
-    differing = np.flatnonzero(first[:length] != second[:length])
-    return int(differing[0]) if len(differing) else length
+def _common_prefix(first: list[int], second: list[int]) -> int:
+    if second[: len(first)] == first:
+        return len(first)
+    return next((i for i, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second)))
 
 
 def _covering(starts: np.ndarray, ends: np.ndarray, start: int, end: int) -> slice:
