@@ -111,7 +111,7 @@ def estimate(layers: Layers, work: Work, mesh: Mapping[str, int], place: Slice, 
     chips = mesh["data"] * mesh["fsdp"] * mesh["tensor"] * mesh["sequence"]
     flops = step_flops(layers, work) / chips
     gathered, received = _received(layers, work, mesh, micro_batches)
-    parts = mesh["fsdp"] * mesh["tensor"]
+    parts = mesh["fsdp"] * mesh["sequence"] * mesh["tensor"]
     moved = (2 * work.state_bytes + work.frozen_bytes) / parts + 2 * gathered
     bounds = {"compute": flops / place.chip.flops, "memory": moved / place.chip.memory_bandwidth}
     if place.network_bandwidth():
@@ -137,17 +137,17 @@ def step_flops(layers: Layers, work: Work) -> float:
 
 def _received(layers: Layers, work: Work, mesh: Mapping[str, int], micro_batches: int) -> tuple[float, float]:
     """(bytes of gathered weights, bytes received)."""
-    fsdp, tensor, sequence = mesh["fsdp"], mesh["tensor"], mesh["sequence"]
-    copies, count, size = mesh["data"] * sequence, len(layers.windows), work.activation_bytes
+    data, fsdp, tensor, sequence = (mesh[axis] for axis in ("data", "fsdp", "tensor", "sequence"))
+    size, count, split = work.activation_bytes, len(layers.windows), fsdp * sequence
     others = lambda n: (n - 1) / n  # noqa: E731 — of what n chips hold in equal parts, what one lacks
     body = count * layers.layer
-    gathered = micro_batches * size * (2 * body + layers.head) / tensor if fsdp > 1 else 0.0
-    received = gathered * others(fsdp)
+    gathered = micro_batches * size * (2 * body + layers.head) / tensor if split > 1 else 0.0
+    received = gathered * others(split)
     if work.trains_model:
         gradient = 4.0 * (body + layers.head) / tensor
-        received += micro_batches * gradient * (others(fsdp) + 2 / fsdp * others(copies))
+        received += micro_batches * gradient * (others(split) + 2 / split * others(data))
     # Activations of all rows of a step; micro-batches change nothing.
-    tokens = work.rows * work.length / (mesh["data"] * fsdp)
+    tokens = work.rows * work.length / (data * fsdp)
     sums = 7 + (work.remat == "full")
     received += count * sums * 2 * others(tensor) * tokens / sequence * layers.embed * size
     kept = layers.key_value / min(tensor, layers.key_value)
@@ -157,7 +157,7 @@ def _received(layers: Layers, work: Work, mesh: Mapping[str, int], micro_batches
 
 def _peak(layers: Layers, work: Work, mesh: Mapping[str, int], micro_batches: int) -> float:
     """Weights and moments, gradients, kept activations, and the larger of a layer and the head at work."""
-    parts, tensor = mesh["fsdp"] * mesh["tensor"], mesh["tensor"]
+    parts, tensor = mesh["fsdp"] * mesh["sequence"] * mesh["tensor"], mesh["tensor"]
     trained = layers.matrices if work.trains_model else work.tuner
     held = (work.state_bytes + work.frozen_bytes + 4 * trained * (1 + (micro_batches > 1))) / parts
     tokens = work.rows * work.length / (mesh["data"] * mesh["fsdp"] * mesh["sequence"] * micro_batches)
