@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from luthier.errors import LuthierError
 from luthier.objectives.fused_head import weighted_sum
 from luthier.parallel import Sharder
 
@@ -23,10 +24,13 @@ class TokenLoss:
         fields in `extras`, each `[n]`. The output `loss` is differentiated; the others are metrics,
         reported as means over targets. `keys` are random keys, one a token.
       extras: further batch fields that `token_fn` reads.
+      norm: what the mean of the loss is over: all `tokens` that are targets, or the targets of each `sequence`
+        and then all sequences.
     """
 
     token_fn: Callable[[jax.Array, Mapping[str, jax.Array], jax.Array], dict[str, jax.Array]]
     extras: tuple[str, ...] = ()
+    norm: str = "tokens"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,12 +53,42 @@ def count_targets(batch: Batch) -> jax.Array:
     return jnp.sum(batch["loss_weights"] != 0)
 
 
+def count_sequences(batch: Batch) -> jax.Array:
+    """Number of packed examples with a target."""
+    return jnp.sum(_targets_of_segments(batch)[:, 1:] > 0)
+
+
+def sequence_weights(batch: Batch) -> jax.Array:
+    """`loss_weights`, each divided by the number of targets of its example."""
+    own = jnp.take_along_axis(_targets_of_segments(batch), batch["segment_ids"], axis=1)
+    return batch["loss_weights"] / jnp.maximum(own, 1)
+
+
+def _targets_of_segments(batch: Batch) -> jax.Array:
+    """int32 `[B, T + 1]`: targets by segment id."""
+    length = batch["segment_ids"].shape[1]
+    count = lambda ids, is_target: jax.ops.segment_sum(is_target, ids, num_segments=length + 1)  # noqa: E731
+    return jax.vmap(count)(batch["segment_ids"], (batch["loss_weights"] != 0).astype(jnp.int32))
+
+
+NORMS = {
+    "tokens": (count_targets, lambda batch: batch["loss_weights"]),
+    "sequence": (count_sequences, sequence_weights),
+}
+
+
 def token_objective(loss: TokenLoss, sharder: Sharder, *, dropout: bool = False) -> Objective:
     """Σ weight · loss over all targets, by the fused head.
 
     Args:
       dropout: whether the model draws dropout masks in training.
+
+    Raises:
+      LuthierError: for an unknown norm of the loss.
     """
+    if loss.norm not in NORMS:
+        raise LuthierError(f"unknown norm {loss.norm!r}", where="objective.norm", mend=f"Known: {', '.join(NORMS)}")
+    count, weights = NORMS[loss.norm]
 
     def sums(bound, variables, batch, rng):
         head_rng, dropout_rng = jax.random.split(rng)
@@ -62,7 +96,7 @@ def token_objective(loss: TokenLoss, sharder: Sharder, *, dropout: bool = False)
         hidden, _ = bound.hidden(variables, inputs, rngs={"dropout": dropout_rng} if dropout else None)
         tok = {"targets": batch["targets"], **{name: batch[name] for name in loss.extras}}
         total, outputs = weighted_sum(
-            bound.unembed, loss.token_fn, sharder, bound.head(variables), hidden, batch["loss_weights"], tok,
+            bound.unembed, loss.token_fn, sharder, bound.head(variables), hidden, weights(batch), tok,
             batch["token_ids"], head_rng,
         )  # fmt: skip
         is_target = batch["loss_weights"] != 0
@@ -72,4 +106,4 @@ def token_objective(loss: TokenLoss, sharder: Sharder, *, dropout: bool = False)
         }
         return total, metrics
 
-    return Objective(count_targets, sums)
+    return Objective(count, sums)

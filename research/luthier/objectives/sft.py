@@ -1,8 +1,8 @@
 """Supervised fine-tuning."""
 
-import jax
 import jax.numpy as jnp
 
+from luthier.objectives.logits import normalise
 from luthier.objectives.objective import TokenLoss
 
 
@@ -18,18 +18,12 @@ def sft(*, label_smoothing: float = 0.0, z_loss: float = 0.0) -> TokenLoss:
 
     def token_fn(logits, tok, keys):
         del keys
-        top = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
-        powers = jnp.exp(logits - top[:, None])
-        z = jnp.sum(powers, axis=-1)
-        log_z = jnp.log(z) + top
-        is_target = jnp.arange(logits.shape[-1]) == tok["targets"][:, None]
-        target = jnp.sum(jnp.where(is_target, logits, 0), axis=-1)  # a select fuses where a gather's gradient scatters
-        loss = log_z - target
+        log_z, logprob, metrics = normalise(logits, tok["targets"])
+        loss = -logprob
         if label_smoothing:
             loss = (1 - label_smoothing) * loss + label_smoothing * (log_z - jnp.mean(logits, axis=-1))
         if z_loss:
             loss += z_loss * log_z**2
-        entropy = log_z - jnp.sum(jnp.where(powers > 0, powers * logits, 0), axis=-1) / z  # 0 log 0 = 0
-        return {"loss": loss, "mean_token_accuracy": target >= top, "entropy": entropy}
+        return {"loss": loss, **metrics}
 
     return TokenLoss(token_fn)
