@@ -3,8 +3,9 @@
 #
 #   bash launch/local.sh [--dry_run] PROCESSES [DEVICES] -- luthier train --config=… --workdir=…
 #
-# DEVICES simulates so many CPU devices in each process. The first process that fails ends the others,
-# and its exit code is this script's; SIGTERM goes to all of them.
+# DEVICES simulates so many CPU devices in each process. The first process that fails ends the others, with SIGTERM
+# and after LUTHIER_GRACE (60) seconds with SIGKILL, and its exit code is this script's; SIGTERM goes to all of them.
+# Needs bash 5.1.
 set -euo pipefail
 
 fail() { echo "launch/local.sh: error: $1" >&2; exit 2; }
@@ -36,15 +37,22 @@ for ((process = 0; process < processes; process++)); do
   pids+=("$!")
 done
 
-code=0
-for ((left = ${#pids[@]}; left > 0; left--)); do
-  ended=0
-  wait -n "${pids[@]}" || ended=$?
-  # A signal to this script interrupts the wait before a process ended: look again.
-  if ((ended > 128)) && kill -0 "${pids[@]}" 2>/dev/null; then left=$((left + 1)); continue; fi
-  if ((ended != 0 && code == 0)); then
-    code=$ended
-    if ((code != 75)); then kill -TERM "${pids[@]}" 2>/dev/null || true; fi
+code=0 watchdog=""
+declare -A left=()
+for pid in "${pids[@]}"; do left[$pid]=1; done
+while ((${#left[@]} > 0)); do
+  ended=0 pid=""
+  wait -n -p pid "${!left[@]}" || ended=$?
+  if [[ -z "$pid" ]]; then continue; fi # a signal to this script, not the end of a process
+  unset "left[$pid]"
+  # 75 may only say that another process was lost: what that one says counts.
+  if ((ended == 0 || (code != 0 && code != 75))); then continue; fi
+  code=$ended
+  if ((code != 75 && ${#left[@]} > 0)); then
+    kill -TERM "${!left[@]}" 2>/dev/null || true
+    (sleep "${LUTHIER_GRACE:-60}" && kill -KILL "${!left[@]}") > /dev/null 2>&1 &
+    watchdog=$!
   fi
 done
+if [[ -n "$watchdog" ]]; then kill "$watchdog" 2>/dev/null || true; fi
 exit "$code"

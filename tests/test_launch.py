@@ -1,6 +1,5 @@
 """Launchers: what they would run, what they refuse, and several local processes for real."""
 
-import json
 import os
 import pathlib
 import subprocess
@@ -8,7 +7,6 @@ import sysconfig
 
 import kubernetes_validate
 import pytest
-import tiny_run
 import yaml
 
 LAUNCH = pathlib.Path(__file__).parent.parent / "launch"
@@ -35,10 +33,13 @@ def test_shellcheck_finds_nothing():
     "script, words, environment, said",
     [
         ("tpu_vm.sh", ("run", *TRAIN), {**TPU, "TPU_ZONE": ""}, "set TPU_ZONE"),
+        ("tpu_vm.sh", ("run", *TRAIN), {**TPU, "TPU_TYPE": ""}, "set TPU_TYPE"),
         ("tpu_vm.sh", ("run", *TRAIN), {**TPU, "TPU_IMAGE": ""}, "set TPU_IMAGE"),
         ("tpu_vm.sh", ("Run!", *TRAIN), TPU, "NAME must be"),
         ("tpu_vm.sh", ("run",), TPU, "after NAME --"),
         ("gke.sh", ("run", "2", *TRAIN), {**GKE, "GKE_IMAGE": ""}, "set GKE_IMAGE"),
+        ("gke.sh", ("run", "2", *TRAIN), {**GKE, "GKE_ACCELERATOR": ""}, "set GKE_ACCELERATOR"),
+        ("gke.sh", ("run", "2", *TRAIN), {**GKE, "GKE_TOPOLOGY": ""}, "set GKE_TOPOLOGY"),
         ("gke.sh", ("run", "two", *TRAIN), GKE, "HOSTS must be"),
         ("slurm.sh", TRAIN[1:], {}, "start it with sbatch"),
         ("slurm.sh", (), {}, "give the command"),
@@ -71,11 +72,20 @@ def test_gke_manifest_is_kubernetes():
     assert {"name": "TPU_WORKER_HOSTNAMES", "value": "run-0.run,run-1.run"} in pod["containers"][0]["env"]
 
 
-def test_local_processes_train_as_one(tmp_path):
-    config = tiny_run.write_run(tmp_path, "c.stage(data=DATA, steps=3, batch_size=8, sequence_length=48)")
-    command = tiny_run.command(config, tmp_path / "two", "mesh.data=1", "mesh.fsdp=4")
-    done = launch("local.sh", "2", "2", "--", *command, OMP_NUM_THREADS="1")
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads((tmp_path / "two" / "manifest.json").read_text())["devices"]["processes"] == 2
-    assert [record["step"] for record in tiny_run.metrics(tmp_path / "two")] == [1, 2, 3]
-    assert launch("local.sh", "2", "--", "bash", "-c", "exit $((JAX_PROCESS_ID * 3))").returncode == 3
+# What process N does, and what the launcher makes of it. That the processes train: test_processes.py.
+@pytest.mark.parametrize(
+    "does, code",
+    [
+        ("exit 0", 0),
+        ("exit $((N * 3))", 3),
+        ("exit 75", 75),
+        # One is killed: the others are asked to end, and made to where they do not.
+        ("if ((N == 1)); then kill -9 $$; fi; trap 'exit 1' TERM; while true; do sleep 0.05; done", 137),
+        ("if ((N == 1)); then kill -9 $$; fi; trap '' TERM; while true; do sleep 0.05; done", 137),
+        # What lost another process says 75; what that one says counts.
+        ("if ((N == 1)); then sleep 0.5; exit 2; fi; exit 75", 2),
+    ],
+)
+def test_local_processes_end_together(does, code):
+    command = ("2", "--", "bash", "-c", "N=$JAX_PROCESS_ID; " + does)
+    assert launch("local.sh", *command, LUTHIER_GRACE="1").returncode == code

@@ -9,6 +9,7 @@ Examples:
 import argparse
 import json
 import shlex
+import sys
 
 HELP = "run a recipe at many points, and tabulate them"
 DOTTED = ("overrides",)
@@ -35,11 +36,14 @@ def run(args: argparse.Namespace) -> int:
         for point in points:
             print(point)
         return 0
-    codes = {} if args.collect else sweep.run(points, args.workdir, jobs=args.jobs)
+    codes = None if args.collect else sweep.run(points, args.workdir, jobs=args.jobs)
     rows = sweep.collect(points, args.workdir)
     write_atomic(f"{args.workdir}/sweep.json", json.dumps(rows, indent=1) + "\n")
     _show(rows)
-    if EXIT_PREEMPTED in codes.values():
+    if codes is None:
+        return 0
+    if len(codes) < len(points) or EXIT_PREEMPTED in codes.values():
+        print("luthier: the sweep stopped as asked; the same command goes on from there", file=sys.stderr)
         return EXIT_PREEMPTED
     return EXIT_SOME_FAILED if any(codes.values()) else 0
 

@@ -6,16 +6,18 @@ kill costs one of them, and the same command later runs only what is missing.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import re
 import runpy
 import shlex
+import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -105,11 +107,12 @@ def done(workdir: epath.PathLike) -> dict[str, Mapping[str, Any]]:
 def run(
     todo: Iterable[Point], workdir: epath.PathLike, *, jobs: int = 1, tell: Callable[[str], None] = print
 ) -> dict[str, int]:
-    """Runs points as processes, `jobs` at a time, and returns {name: exit code}.
+    """Runs points as processes, `jobs` at a time, and returns {name: exit code} of those that ended.
 
     What ended well before is left out; a point that was stopped goes on where it was. Each point's
     output is in `WORKDIR/NAME.log`. A point that fails stops no other; one that was preempted
-    (exit 75) stops the sweep after those that run.
+    (exit 75) stops the sweep after those that run. SIGTERM and the first Ctrl-C reach those that run
+    as SIGTERM, at which they save and end; a second Ctrl-C kills them.
 
     Raises:
       LuthierError: a finished point of this name had other overrides.
@@ -127,18 +130,13 @@ def run(
     missing = [point for point in todo if point.name not in before]
     if len(missing) < len(todo):
         tell(f"{len(todo) - len(missing)} of {len(todo)} points are done")
-    lock, stopping, codes = threading.Lock(), threading.Event(), dict.fromkeys(before, 0)
+    children, lock, codes = _Children(), threading.Lock(), dict.fromkeys(before, 0)
 
     def one(point: Point) -> None:
-        if stopping.is_set():
-            return
         start = time.time()
-        with open(folder / f"{point.name}.log", "ab") as log:
-            try:
-                code = subprocess.run(_here(point.command), stdout=log, stderr=subprocess.STDOUT).returncode
-            except OSError as error:
-                stopping.set()
-                raise LuthierError(f"could not be started: {error.strerror}", where=point.command[0]) from error
+        code = children.run(_here(point.command), folder / f"{point.name}.log")
+        if code is None:
+            return
         seconds = time.time() - start
         with lock:
             codes[point.name] = code
@@ -148,12 +146,69 @@ def run(
             said = "done" if code == 0 else f"exit {code}, see {folder / point.name}.log"
             tell(f"{len(codes)}/{len(todo)} {point.name}: {said}, {seconds:.0f} s")
         if code == EXIT_PREEMPTED:
-            stopping.set()
+            children.start_no_more()
 
-    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool, children.signalled():
         for future in [pool.submit(one, point) for point in missing]:
             future.result()
     return codes
+
+
+class _Children:
+    """Processes that run at the moment, and whether more of them may start."""
+
+    def __init__(self):
+        # A handler of one signal may interrupt that of another.
+        self._lock, self._running, self._stopping = threading.RLock(), set(), False
+
+    def run(self, command: Sequence[str], output: epath.Path) -> int | None:
+        """Exit code of a command whose output goes to a file, or None if it may not start any more."""
+        with self._lock:  # A signal comes before the start or finds the process.
+            if self._stopping:
+                return None
+            with open(output, "ab") as log:
+                try:
+                    child = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+                except OSError as error:
+                    self._stopping = True
+                    raise LuthierError(f"could not be started: {error.strerror}", where=command[0]) from error
+            self._running.add(child)
+        code = child.wait()
+        with self._lock:
+            self._running.discard(child)
+        # Stopped before it could take signals: it starts again like one that saved.
+        return EXIT_PREEMPTED if self._stopping and code == -signal.SIGTERM else code
+
+    def start_no_more(self) -> None:
+        self._stopping = True
+
+    @contextlib.contextmanager
+    def signalled(self) -> Iterator[None]:
+        """Passes signals on while points run; outside the main thread none are taken."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        except KeyboardInterrupt:
+            self._send(signal.SIGKILL)
+            raise
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _receive(self, number: int, frame) -> None:
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        # A terminal gives Ctrl-C to the points too, to which a second one would mean the end at once.
+        self._send(signal.SIGTERM)
+
+    def _send(self, number: int) -> None:
+        self._stopping = True
+        with self._lock:
+            for child in self._running:
+                child.send_signal(number)
 
 
 def _here(command: Sequence[str]) -> list[str]:
