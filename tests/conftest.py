@@ -1,7 +1,13 @@
 """Which tests are the core (quick, without TensorFlow or torch, at least one for each floor of the house), and the
 order of files."""
 
+import os
+
 import pytest
+
+# Tiny models compile for seconds and run for milliseconds: XLA leaves out LLVM's optimisations, here and in the
+# processes that tests start.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
 
 CORE = {
     "test_cli.py",
