@@ -42,3 +42,9 @@ def pytest_collection_modifyitems(items):
         if item.path.name in CORE:
             item.add_marker(pytest.mark.core)
     items.sort(key=lambda item: SLOW.index(item.path.name) if item.path.name in SLOW else len(SLOW))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def caches_of_the_tests(tmp_path_factory):
+    """Tokens and compiled programs of the tests go where pytest clears up."""
+    os.environ["LUTHIER_CACHE"] = str(tmp_path_factory.getbasetemp() / "cache")

@@ -62,7 +62,7 @@ def test_help_and_config_errors_import_nothing_heavy(words, code):
         "from luthier.cli.main import main\n"
         f"try: code = main({words!r})\n"
         "except SystemExit as done: code = done.code or 0\n"
-        "heavy = [m for m in ('jax', 'flax', 'tensorflow', 'numpy', 'scipy', 'rich') if m in sys.modules]\n"
+        "heavy = [m for m in ('jax', 'flax', 'tensorflow', 'numpy', 'scipy', 'rich', 'etils') if m in sys.modules]\n"
         "print('\\n', code, heavy, time.process_time() - start)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -8,8 +8,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from etils import epath
-
 from luthier.errors import LuthierError
 
 MODEL = "`smollm2-135m`, a Hugging Face directory, a GGUF file, a workdir or a hub id"
@@ -25,10 +23,14 @@ def add_model(parser: argparse.ArgumentParser, *, required: bool = True) -> None
 
 def load_policy(args: argparse.Namespace):
     """The model that `add_model`'s arguments name (imports jax)."""
+    from etils import epath
+
     from luthier.decoding import from_source
     from luthier.parallel import processes
+    from luthier.parallel.compilation_cache import keep_programs
 
     processes.start()
+    keep_programs()
     template = epath.Path(args.template).read_text() if args.template else None
     return from_source(args.model, compute_dtype=args.compute_dtype, attention=args.attention, template=template)
 
@@ -62,6 +64,8 @@ def places(where: Sequence[str]) -> Iterator[None]:
 
 def write_lines(path: str, records: Iterable[Mapping[str, Any]]) -> None:
     """Writes JSON lines in one move: the file is whole or as it was. Process 0 writes."""
+    from etils import epath
+
     if not is_first_process():
         return
     target = epath.Path(path)

@@ -88,7 +88,9 @@ def _prompts(args: argparse.Namespace) -> tuple[list, list[str]]:
                 raise LuthierError("no field 'prompt'", where=place, mend='Write {"prompt": …}')
         return [source[i]["prompt"] for i in range(len(source))], places
     if args.input:
-        text = common.epath.Path(args.input).read_text()
+        from etils import epath
+
+        text = epath.Path(args.input).read_text()
     elif sys.stdin is None or sys.stdin.isatty():
         raise LuthierError("no prompt", mend="Give --prompt=TEXT, --input=FILE or --chat, or pipe text in")
     else:

@@ -24,6 +24,7 @@ from luthier.evals import EvalResult, evaluate, read_results
 from luthier.models import ModelConfig, Transformer
 from luthier.objectives import token_objective
 from luthier.parallel import AXES, Sharder, make_mesh, make_sharder, processes
+from luthier.parallel.compilation_cache import keep_programs
 from luthier.training import manifest as manifests
 from luthier.training.checkpoints import Checkpoints
 from luthier.training.loop import Stage, run_stage
@@ -79,6 +80,7 @@ def train(config: ConfigDict, workdir: epath.PathLike | None = None, *, profile:
       Preempted: a signal came; everything is saved and the same call goes on.
     """
     processes.start()
+    keep_programs()
     workdir = epath.Path(workdir if workdir is not None else tempfile.mkdtemp(prefix="luthier-"))
     traced = Profile.parse(workdir / "profile", profile)
     setup, params = prepare(config, workdir)
@@ -212,7 +214,8 @@ def _params(setup: Setup) -> Variables:
     """The pretrained weights on the mesh, with the adapters of the source folded in."""
     boxed = jax.eval_shape(setup.bind(()).init, jax.random.key(0))["params"]
     shardings = flatten_dict(setup.sharder.tree(boxed), sep="/")
-    loaded = weights.load(setup.config.model.source, place=lambda path, shape: shardings[path])
+    place = lambda path, shape: shardings[path]  # noqa: E731
+    loaded = weights.load(setup.config.model.source, place=place, about=setup.about)
     params = loaded.params
     for adapter in loaded.adapters:
         params = lora(**adapter.options).merge(params, adapter.variables)

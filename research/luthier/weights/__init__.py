@@ -72,19 +72,22 @@ def describe(source: epath.PathLike) -> Description:
     return _describe(source, find(source))
 
 
-def load(source: epath.PathLike, *, place: Place | None = None, dtype: Any = None) -> Pretrained:
+def load(
+    source: epath.PathLike, *, place: Place | None = None, dtype: Any = None, about: Description | None = None
+) -> Pretrained:
     """A model with its weights, streamed tensor by tensor to where `place` says.
 
     Args:
       source: as in `describe`.
       place: (path of a parameter, shape) → its sharding, or None for the default device.
       dtype: of the weights; None keeps the stored one (float32 for GGUF).
+      about: what `describe` said of this source, where it was asked already.
 
     Raises:
       LuthierError: as `describe`, and for a missing, unexpected, misshapen or truncated tensor.
     """
     found = find(source)
-    about = _describe(source, found)
+    about = about or _describe(source, found)
     adapters = tuple(read_adapter(path, about.config) for path in found.adapters)
     params = load_params(about.config, _tensors(found, about.config), place=place, dtype=dtype, where=found.path)
     fields = {field.name: getattr(about, field.name) for field in dataclasses.fields(Description)}
