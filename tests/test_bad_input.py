@@ -228,7 +228,7 @@ def test_one_clear_line(files, words, expected, tiny, capsys, monkeypatch):
     assert not (tiny / "out.jsonl").exists() and not (tiny / "w" / "metrics.jsonl").exists()
 
 
-def test_a_half_written_checkpoint_falls_back_and_says_so(tiny, tmp_path, capsys):
+def test_checkpoints_half_written_or_of_another_model(tiny, tmp_path, capsys):
     words = ["train", f"--config={tiny}/config.py", f"--workdir={tmp_path}/w", "--config.checkpoint.every=1"]
     words += ["--config.stages[0].steps=3"]
     assert cli.main(words) == 0
@@ -245,6 +245,20 @@ def test_a_half_written_checkpoint_falls_back_and_says_so(tiny, tmp_path, capsys
         for text in (metrics, again)
     ]
     assert kept[0] == kept[1] and len(kept[0]) == 3
+
+    # The same command with another model: known by its fingerprint, and where nobody kept that by its shapes.
+    tiny_run.write_run(tmp_path, STAGE, hidden_size=16)
+    for known, parts in [
+        (True, ["manifest.json", "fingerprints.model", "Restore them to go on, or give another --workdir"]),
+        (False, ["checkpoints/sft/3", "does not fit", "[259, 32] in it and [259, 16] in this", "another --workdir"]),
+    ]:
+        if not known:
+            (tmp_path / "w" / "manifest.json").unlink()
+        capsys.readouterr()
+        assert cli.main([*words, f"--config.model.source={tmp_path}/model"]) == 2
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("luthier: error: ")]
+        assert len(lines) == 1 and all(part in lines[0] for part in parts), lines
+        assert (tmp_path / "w" / "metrics.jsonl").read_text() == again
 
 
 def test_debug_shows_the_traceback():

@@ -61,7 +61,7 @@ def test_going_on_keeps_the_first_record_and_adds_a_start(tmp_path):
     record = json.loads((tmp_path / "manifest.json").read_text())
     starts = record.pop("resumed")
     assert record == first
-    assert [s["changes"] for s in starts] == [[], ["config.mesh.fsdp: 1 → 2"]]
+    assert [s["changes"] for s in starts] == [[], ["config.mesh.fsdp: -1 → 2"]]
 
 
 @pytest.mark.parametrize(

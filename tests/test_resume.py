@@ -6,7 +6,6 @@ import subprocess
 import time
 
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 import tiny_run
 
@@ -25,29 +24,9 @@ def uninterrupted(tmp_path_factory):
     return folder, config
 
 
-def arrays(workdir: pathlib.Path) -> dict[str, np.ndarray]:
-    """Every array of the last checkpoint of every stage."""
-    found = {}
-    for stage in sorted((workdir / "checkpoints").iterdir()):
-        step = max(int(p.name) for p in stage.iterdir())
-        state = ocp.StandardCheckpointer().restore(stage / str(step) / "default")["state"]
-        found |= {f"{stage.name}/{step}/{name}": np.asarray(value) for name, value in state.items()}
-    return found
-
-
 def assert_same_run(found: pathlib.Path, wanted: pathlib.Path):
-    """Parameters, optimiser state, average, result and metrics, bit by bit."""
     assert [record["step"] for record in tiny_run.metrics(found)] == list(range(1, STEPS + 1))
-    assert tiny_run.metrics(found) == tiny_run.metrics(wanted)
-    ours, theirs = arrays(found), arrays(wanted)
-    assert ours.keys() == theirs.keys()
-    assert any("/opt_state/" in name for name in ours) and any("/ema/" in name for name in ours)
-    for name, value in theirs.items():
-        assert ours[name].tobytes() == value.tobytes(), name
-    files = {p.relative_to(wanted) for p in (wanted / "final").rglob("*.safetensors")}
-    assert files
-    for file in files:
-        assert (found / file).read_bytes() == (wanted / file).read_bytes(), file
+    tiny_run.assert_same_run(found, wanted)
 
 
 def stop_when(run: subprocess.Popen, number: int, ready) -> int:
@@ -66,10 +45,6 @@ def lines(workdir: pathlib.Path) -> int:
     return file.read_bytes().count(b"\n") if file.exists() else 0
 
 
-def writes_a_checkpoint(workdir: pathlib.Path) -> bool:
-    return any("tmp" in p.name for p in workdir.glob("checkpoints/*/*"))
-
-
 def test_kill_nine_at_five_random_moments(uninterrupted):
     folder, config = uninterrupted
     workdir = folder / "killed"
@@ -85,7 +60,7 @@ def test_kill_nine_at_five_random_moments(uninterrupted):
             stderr=subprocess.PIPE,
         )
         if moment is None:
-            ready = lambda: writes_a_checkpoint(workdir)  # noqa: E731
+            ready = lambda: tiny_run.saves(workdir)  # noqa: E731
         else:
             moment = max(moment, seen + 1)
             ready = lambda moment=moment: lines(workdir) >= moment  # noqa: E731

@@ -10,6 +10,7 @@ import sysconfig
 import flax.linen as nn
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import tiny_policy
 
 from luthier import weights
@@ -64,7 +65,8 @@ def environment(devices: int = 1, cache: pathlib.Path | None = None, **more: str
     chosen = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        # Most of the time of a tiny run is LLVM's.
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
         "OMP_NUM_THREADS": "1",
         **more,
     }
@@ -129,6 +131,37 @@ def metrics(workdir) -> list[dict]:
     """The lines of metrics.jsonl without the keys that depend on the machine."""
     lines = (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k.split("/")[0] not in ("time", "memory")} for line in lines]
+
+
+def checkpointed(workdir: pathlib.Path) -> dict[str, np.ndarray]:
+    """Every array of the last checkpoint of every stage, whatever mesh wrote it."""
+    found = {}
+    for stage in sorted((workdir / "checkpoints").iterdir()):
+        step = max(int(p.name) for p in stage.iterdir())
+        reader, place = ocp.PyTreeCheckpointHandler(), stage / str(step) / "default"
+        wanted = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), reader.metadata(place).tree)
+        state = reader.restore(place, args=ocp.args.PyTreeRestore(restore_args=wanted))["state"]
+        found |= {f"{stage.name}/{step}/{name}": np.asarray(value) for name, value in state.items()}
+    return found
+
+
+def assert_same_run(found: pathlib.Path, wanted: pathlib.Path):
+    """Parameters, optimiser state, average, result and metrics, bit by bit."""
+    assert metrics(found) == metrics(wanted)
+    ours, theirs = checkpointed(found), checkpointed(wanted)
+    assert ours.keys() == theirs.keys()
+    assert any("/opt_state/" in name for name in ours) and any("/ema/" in name for name in ours)
+    for name, value in theirs.items():
+        assert ours[name].tobytes() == value.tobytes(), name
+    files = {p.relative_to(wanted) for p in (wanted / "final").rglob("*.safetensors")}
+    assert files
+    for file in files:
+        assert (found / file).read_bytes() == (wanted / file).read_bytes(), file
+
+
+def saves(workdir: pathlib.Path) -> bool:
+    """Whether a checkpoint is being written at this moment."""
+    return any("tmp" in p.name for p in workdir.glob("checkpoints/*/*"))
 
 
 def losses(workdir) -> np.ndarray:

@@ -124,8 +124,10 @@ def model(
     return _locked(locals())
 
 
-def mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, sequence: int = 1, rules: tuple = ()) -> ConfigDict:
-    """Sizes of the mesh axes; one may be -1, which takes the devices that are left.
+def mesh(*, data: int = -1, fsdp: int = -1, tensor: int = 1, sequence: int = 1, rules: tuple = ()) -> ConfigDict:
+    """Sizes of the mesh axes; -1 takes the devices that are left.
+
+    With `data` and `fsdp` both -1, the default, `data` is the number of TPU slices and `fsdp` the rest.
 
     Args:
       rules: pairs (logical axis, mesh axis or None) put before the default sharding rules.

@@ -25,31 +25,30 @@ def run(args: argparse.Namespace) -> int:
     if args.max_shard_gb <= 0:
         raise LuthierError(f"expected a positive size, got {args.max_shard_gb}", where="--max_shard_gb")
     from luthier import weights
+    from luthier.decoding import from_source
     from luthier.parallel import processes
-    from luthier.tuners.lora import lora
+    from luthier.tuners import merge
     from luthier.weights.peft import base_of
     from luthier.weights.source import find
 
     processes.start()
-    loaded = weights.load(args.model)
-    if loaded.adapters and not args.merge:
-        *below, adapter = loaded.adapters
+    about, adapters = weights.describe(args.model), find(args.model).adapters
+    if adapters and not args.merge:
+        *below, adapter = adapters
         if below:
             raise LuthierError("several adapters lie over one another", where=args.model, mend="Give --merge")
-        base = base_of(find(args.model).adapters[-1])
-        weights.write_adapter(args.output, adapter.options, adapter.variables, base=base, tokenizer=loaded.tokenizer)
+        options, variables = weights.read_adapter(adapter, about.config)
+        weights.write_adapter(args.output, options, variables, base=base_of(adapter), tokenizer=about.tokenizer)
     else:
-        params = loaded.params
-        for adapter in loaded.adapters:
-            params = lora(**adapter.options).merge(params, adapter.variables)
+        policy = from_source(args.model)
         weights.export(
             args.output,
-            loaded.config,
-            params,
-            loaded.tokenizer,
-            generation_config=loaded.generation_config,
+            about.config,
+            merge(policy.bound, policy.variables),
+            about.tokenizer,
+            generation_config=about.generation_config,
             max_shard_bytes=args.max_shard_gb * 1e9,
         )
     if common.is_first_process():
-        print(args.output + (f"  ({loaded.note})" if loaded.note else ""))
+        print(args.output + (f"  ({about.note})" if about.note else ""))
     return 0

@@ -1,7 +1,7 @@
 """Parses the command line, runs a subcommand, and turns mistakes into one line and an exit code.
 
-0 is success, 2 a mistake that the message tells how to mend, 75 a run that stopped as asked and
-goes on when started again, 130 an interruption.
+0 is success, 2 a mistake that the message tells how to mend, 75 a run that goes on when started again
+(it stopped as asked, or one of its processes ended), 130 an interruption.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from luthier.errors import LuthierError, near
 
 COMMANDS = ("train", "generate", "score", "evaluate", "export", "report", "sweep", "compile-check")
 
-EXIT_MISTAKE, EXIT_INTERRUPTED = 2, 130
+EXIT_MISTAKE, EXIT_AGAIN, EXIT_INTERRUPTED = 2, 75, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,13 +29,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return args.run(args)
     except KeyboardInterrupt:
         print("luthier: interrupted", file=sys.stderr)
+        _leave(EXIT_INTERRUPTED)
         return EXIT_INTERRUPTED
     except Exception as error:
-        message = mistake(error)
+        lost = _lost_another(error)
+        message, code = (lost, EXIT_AGAIN) if lost else (mistake(error), EXIT_MISTAKE)
         if debug or message is None:
+            _leave(1, error)
             raise
         print(f"luthier: error: {message}", file=sys.stderr)
-        return EXIT_MISTAKE
+        _leave(code)
+        return code
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
@@ -77,6 +81,25 @@ def mistake(error: BaseException) -> str | None:
     if isinstance(error, SyntaxError) and error.filename:
         return str(LuthierError(f"not Python: {error.msg}", where=f"{error.filename}:{error.lineno}"))
     return None
+
+
+def _leave(code: int, error: Exception | None = None) -> None:
+    """Ends one of several processes at once; returns if this is the only one."""
+    if "jax" in sys.modules:
+        from luthier.parallel import processes
+
+        processes.leave(code, error)
+
+
+def _lost_another(error: Exception) -> str | None:
+    """One line if the error is the end of another process of the run."""
+    if "jax" not in sys.modules:
+        return None
+    from luthier.parallel import processes
+
+    found = processes.lost_another(error)
+    mend = "Start all of them again; the run goes on from its last checkpoint"
+    return found and str(LuthierError(f"another process of this run ended ({found})", mend=mend))
 
 
 class _Parser(argparse.ArgumentParser):

@@ -6,12 +6,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Sharding
 
 from luthier import weights
 from luthier.data.chat import ChatTemplate
 from luthier.data.tokenizer import Tokenizer
 from luthier.errors import LuthierError
 from luthier.models import Transformer
+from luthier.parallel import Sharder, make_inference_mesh, make_sharder
 from luthier.tuners import Bound, bind
 from luthier.tuners.lora import lora
 
@@ -85,7 +88,7 @@ class Policy:
 def from_source(
     source: str, *, compute_dtype: str = "float32", attention: str = "auto", template: str | None = None
 ) -> Policy:
-    """The policy of saved weights: whatever `luthier.weights.load` reads.
+    """The policy of saved weights, spread over the devices of all processes (`make_inference_mesh`).
 
     Args:
       source: `smollm2-135m`, a Hugging Face directory, a GGUF file, a workdir or a hub id.
@@ -93,14 +96,41 @@ def from_source(
       attention: name of an attention backend.
       template: source of a Jinja chat template that replaces the model's own.
     """
-    loaded = weights.load(source)
-    tuners, variables = [], {"params": loaded.params}
-    for number, adapter in enumerate(loaded.adapters):
-        collection = f"adapter_{number}"
-        tuners.append(lora(**adapter.options, collection=collection))
-        variables[collection] = adapter.variables
-    model = Transformer(loaded.config, dtype=jnp.dtype(compute_dtype), remat="none", attention=attention)
+    sharder, place = Sharder(), None
+    if jax.device_count() > 1:
+        config = weights.describe(source).config
+        heads = {"num_heads": config.num_heads, "num_kv_heads": config.num_kv_heads}
+        sharder = make_sharder(make_inference_mesh(**heads), **heads)
+        shardings = _shardings(bind(Transformer(config, sharder=sharder)))
+        place = lambda path, _: shardings[f"params/{path}"]  # noqa: E731
+    loaded = weights.load(source, place=place)
+    model = Transformer(
+        loaded.config, dtype=jnp.dtype(compute_dtype), remat="none", attention=attention, sharder=sharder
+    )
+    names = [f"adapter_{number}" for number in range(len(loaded.adapters))]
+    tuners = [lora(**adapter.options, collection=name) for name, adapter in zip(names, loaded.adapters)]
+    bound = bind(model, tuners)
+    adapters = {name: adapter.variables for name, adapter in zip(names, loaded.adapters)}
+    variables = {"params": loaded.params, **_placed(bound, adapters)}
     tokenizer = loaded.tokenizer
     chosen = template if template is not None else tokenizer.chat_template
     chat = ChatTemplate(chosen, tokenizer.special_tokens) if chosen is not None else None
-    return Policy(bind(model, tuners), jax.tree.map(jnp.asarray, variables), tokenizer, chat)
+    return Policy(bound, variables, tokenizer, chat)
+
+
+def _placed(bound: Bound, collections: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Host arrays on the devices of the model."""
+    if bound.model.sharder.mesh is None:
+        return jax.tree.map(jnp.asarray, collections)
+    shardings = _shardings(bound)
+    flat = flatten_dict(collections, sep="/")
+    made = {
+        path: jax.make_array_from_callback(x.shape, shardings[path], lambda index, x=x: x[index])
+        for path, x in flat.items()
+    }
+    return unflatten_dict(made, sep="/")
+
+
+def _shardings(bound: Bound) -> dict[str, Sharding]:
+    """Where each variable belongs, by path."""
+    return flatten_dict(bound.model.sharder.tree(jax.eval_shape(bound.init, jax.random.key(0))), sep="/")

@@ -1,7 +1,7 @@
 """Meshes, sharding rules and the start of several processes."""
 
 from luthier.parallel.collectives import reduce_scatter, spread, sum_parts
-from luthier.parallel.mesh import AXES, make_mesh
+from luthier.parallel.mesh import AXES, make_inference_mesh, make_mesh
 from luthier.parallel.sharding import BATCH_AXES, RULES, Sharder, make_sharder
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "BATCH_AXES",
     "RULES",
     "Sharder",
+    "make_inference_mesh",
     "make_mesh",
     "make_sharder",
     "reduce_scatter",

@@ -11,8 +11,11 @@ from luthier.errors import LuthierError
 AXES = ("data", "fsdp", "tensor", "sequence")
 
 
-def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, sequence: int = 1, devices=None) -> Mesh:
-    """A mesh over all devices (or the given ones); one size may be -1 and takes what is left.
+def make_mesh(*, data: int = -1, fsdp: int = -1, tensor: int = 1, sequence: int = 1, devices=None) -> Mesh:
+    """A mesh over all devices (or the given ones); a size of -1 takes what is left.
+
+    Where `data` and `fsdp` are both -1, `data` takes the slices and `fsdp` the devices within one: weights are
+    spread as far as fast links go.
 
     On TPUs the mesh runs through the torus line by line, so that the last axes join neighbours. Of several
     slices, joined by the data centre's network, each holds its own part of `data`.
@@ -22,6 +25,8 @@ def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, sequence: int =
     """
     devices = np.asarray(jax.devices() if devices is None else devices)
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor, "sequence": sequence}
+    if data == fsdp == -1:
+        sizes["data"] = _slices(devices)
     free = [axis for axis, size in sizes.items() if size == -1]
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if len(free) > 1:
@@ -39,9 +44,21 @@ def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, sequence: int =
     return Mesh(_arranged(devices, [sizes[axis] for axis in AXES]), AXES)
 
 
+def make_inference_mesh(*, num_heads: int, num_kv_heads: int, devices=None) -> Mesh:
+    """The mesh of all devices to ask a model on: heads over `tensor` as far as they go in a slice, rows over `data`.
+
+    A pass over one token a row reads every weight. Split over `tensor` each device reads its part and sends only
+    activations; split over `fsdp` the weights themselves would be sent for each token.
+    """
+    devices = np.asarray(jax.devices() if devices is None else devices)
+    room = devices.size // _slices(devices)
+    fits = lambda n: not (room % n or num_heads % n or (num_kv_heads % n and n % num_kv_heads))  # noqa: E731
+    return make_mesh(fsdp=1, tensor=max(n for n in range(1, room + 1) if fits(n)), devices=devices)
+
+
 def _arranged(devices: np.ndarray, shape: list[int]) -> np.ndarray:
     if devices.flat[0].platform == "tpu":
-        slices = len({getattr(device, "slice_index", 0) for device in devices.flat})
+        slices = _slices(devices)
         if shape[0] % slices:
             raise LuthierError(
                 f"data={shape[0]} does not divide over {slices} slices",
@@ -50,6 +67,12 @@ def _arranged(devices: np.ndarray, shape: list[int]) -> np.ndarray:
             )
         devices = np.asarray(sorted(devices.flat, key=_place))
     return devices.reshape(shape)
+
+
+def _slices(devices: np.ndarray) -> int:
+    """TPU slices, between which only the data centre's network goes."""
+    on_tpu = devices.flat[0].platform == "tpu"
+    return len({getattr(device, "slice_index", 0) for device in devices.flat}) if on_tpu else 1
 
 
 def _place(device) -> tuple:

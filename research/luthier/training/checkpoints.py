@@ -62,6 +62,9 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
+        # What ended the loop may have ended another process, for which Orbax would wait minutes.
+        if error and self._saving is not None and jax.process_count() > 1:
+            return
         # A failing loop has its own error to tell; a second one from here would hide it.
         with contextlib.suppress(Exception) if error else contextlib.nullcontext():
             self.close()

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 from etils import epath
+from jax.experimental import multihost_utils
 
 from luthier.errors import LuthierError
 
@@ -54,6 +55,8 @@ class Files:
 def replacing(directory: epath.PathLike, last: str) -> Iterator[Files]:
     """Collects files and puts them in place together; on an error the directory stays as it was.
 
+    Every process leaves when the directory is whole.
+
     Args:
       last: the file without which the directory is not read; it goes first and comes last.
 
@@ -67,6 +70,8 @@ def replacing(directory: epath.PathLike, last: str) -> Iterator[Files]:
         yield files
         if not jax.process_index():
             _settle(files, last)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("luthier: a directory is written")
     except OSError as error:
         _discard(files)
         reason = "the disk is full" if error.errno == errno.ENOSPC else (error.strerror or str(error))
