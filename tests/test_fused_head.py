@@ -75,9 +75,26 @@ def test_weighted_sum_and_its_gradient(chunks):
     close((total, got), expected)
     logits = unembed(head, hidden)
     probabilities = jax.nn.softmax(logits)
-    close(outputs["loss"], plain_loss(head, hidden, targets))
-    close(outputs["entropy"], -jnp.sum(probabilities * jnp.log(probabilities), axis=-1))
-    np.testing.assert_array_equal(outputs["mean_token_accuracy"], logits.argmax(-1) == targets)
+    weighted = lambda x: jnp.where(weights != 0, x, 0)  # noqa: E731
+    close(outputs["loss"], weighted(plain_loss(head, hidden, targets)))
+    close(outputs["entropy"], weighted(-jnp.sum(probabilities * jnp.log(probabilities), axis=-1)))
+    np.testing.assert_array_equal(outputs["mean_token_accuracy"], weighted(logits.argmax(-1) == targets))
+
+
+def test_tokens_without_weight_cost_nothing(monkeypatch):
+    """Chunks of nothing else are not computed: what is not finite there reaches no gradient."""
+    monkeypatch.setattr(fused_head, "CHUNK_TOKENS", 4)
+    (head, hidden, _), targets = arrays()
+    weights = jnp.zeros((BATCH, TIME)).at[0, 3:7].set(1.0).at[2, 1:5].set(0.5)  # 8 of 33: two chunks of four
+    broken = jnp.where((weights != 0)[..., None], hidden, jnp.nan)
+    tok, token_ids, rng = arguments(targets)
+
+    def fused(head, hidden):
+        return weighted_sum(unembed, sft().token_fn, Sharder(), head, hidden, weights, tok, token_ids, rng)[0]
+
+    plain = lambda head, hidden: jnp.sum(weights * plain_loss(head, hidden, targets))  # noqa: E731
+    got = jax.jit(jax.value_and_grad(fused, (0, 1)))(head, broken)
+    close(got, jax.value_and_grad(plain, (0, 1))(head, hidden))
 
 
 def test_token_outputs_take_any_cotangent(chunks):

@@ -1,8 +1,9 @@
 """The unembedding and a token loss in one loop over time, so that all logits never exist at once.
 
-Both functions run the same loop over chunks of time. On a mesh the loop runs inside a `shard_map`
+Both functions run the same loop over chunks of tokens. On a mesh the loop runs inside a `shard_map`
 over every axis (rows over data and fsdp, time over sequence and tensor), so the head is gathered
 once, in the dtype of the products, and its gradient summed once, each device keeping its part.
+Each device takes its tokens of weight 0, such as prompts, last, and skips chunks of nothing else.
 
 - `weighted_sum` knows its weights beforehand and forms the gradient while the chunk's logits are
   there: two matrix products forward-and-backward beyond the first, none repeated.
@@ -22,6 +23,7 @@ from jaxtyping import Array, Float, Int
 from luthier.parallel import BATCH_AXES, Sharder, sum_parts
 
 CHUNK_BYTES = 1 << 26  # logits of one chunk on one device, in float32: what the caches of a CPU like
+CHUNK_TOKENS = 256  # at most, on a CPU: the finer, the more of the tokens without weight are skipped
 ACCELERATOR_CHUNKS = 4  # times as large elsewhere, or reading the head for each chunk would bound the speed
 ROWS = P(BATCH_AXES, ("sequence", "tensor"))
 
@@ -38,7 +40,7 @@ def weighted_sum(
     token_ids: Int[Array, "B T"],
     rng: jax.Array,
 ) -> tuple[jax.Array, dict[str, Float[Array, "B T"]]]:
-    """Σ weights · loss, and every output of `token_fn` a token.
+    """Σ weights · loss, and every output of `token_fn` a token, 0 where the weight is 0.
 
     Differentiable in `head` and `hidden`, through the sum only.
 
@@ -93,7 +95,7 @@ def token_outputs(
     Arguments as in `weighted_sum`. This serves losses of whole sequences, whose weights depend on
     the values.
     """
-    weights = jnp.zeros(hidden.shape[:2])
+    weights = jnp.ones(hidden.shape[:2])
     return _loop(unembed, token_fn, sharder, head, hidden, weights, tok, token_ids, rng, wanted=None)[0]
 
 
@@ -116,8 +118,8 @@ token_outputs.defvjp(_token_outputs_forward, _token_outputs_backward, symbolic_z
 
 
 def _loop(unembed, token_fn, sharder, head, hidden, weights, tok, token_ids, rng, wanted):
-    """Outputs `{name: [B, T]}` and, if `wanted` (bools shaped like `head`), the gradients of
-    Σ weights · loss in (head, hidden); unwanted leaves of the head get zeros."""
+    """Outputs `{name: [B, T]}`, 0 where the weight is, and, if `wanted` (bools shaped like `head`), the
+    gradients of Σ weights · loss in (head, hidden); unwanted leaves of the head get zeros."""
     shape = hidden.shape[:2]
     parts = 1 if sharder.mesh is None else math.prod(sharder.mesh.shape[axis] for axis in ("sequence", "tensor"))
     pad = -shape[1] % parts
@@ -126,8 +128,9 @@ def _loop(unembed, token_fn, sharder, head, hidden, weights, tok, token_ids, rng
     )
     leaves, structure = jax.tree.flatten(head)
     flags = None if wanted is None else jax.tree.leaves(wanted)
-    chunk_bytes = CHUNK_BYTES * (1 if sharder.device().platform == "cpu" else ACCELERATOR_CHUNKS)
-    body = functools.partial(_chunks, unembed, token_fn, structure, flags, chunk_bytes)
+    on_cpu = sharder.device().platform == "cpu"
+    limits = (CHUNK_BYTES, CHUNK_TOKENS) if on_cpu else (CHUNK_BYTES * ACCELERATOR_CHUNKS, math.inf)
+    body = functools.partial(_chunks, unembed, token_fn, structure, flags, limits)
     if sharder.mesh is None or sharder.mesh.size == 1:
         outputs, gradients, hidden_gradient = body(leaves, rng, *rows)
     else:
@@ -164,25 +167,23 @@ def _summed(body, sharder, specs, *arguments):
     )
 
 
-def _chunks(unembed, token_fn, structure, flags, chunk_bytes, leaves, rng, hidden, weights, tok, token_ids):
+def _chunks(unembed, token_fn, structure, flags, limits, leaves, rng, hidden, weights, tok, token_ids):
     """`_loop` on one device's rows; the gradients are those of the leaves that `flags` tell, in float32 at least."""
-    batch, time = hidden.shape[:2]
+    shape, tokens = hidden.shape[:2], math.prod(hidden.shape[:2])
     head = structure.unflatten(leaves)
     vocabulary = jax.eval_shape(unembed, head, jax.ShapeDtypeStruct(hidden.shape[-1:], hidden.dtype)).shape[-1]
-    size = max(1, min(time, chunk_bytes // (4 * vocabulary * batch)))
-    count = math.ceil(time / size)
-    size = math.ceil(time / count)
+    size = max(1, min(tokens, limits[0] // (4 * vocabulary), limits[1]))
+    count = math.ceil(tokens / size)
+    size = math.ceil(tokens / count)
+    order = jnp.argsort(weights.reshape(-1) == 0, stable=True)
+    rank = jnp.argsort(order)
 
-    def cut(x):  # [B, T, …] -> [chunks, B · size, …]
-        x = jnp.pad(x, ((0, 0), (0, count * size - time)) + ((0, 0),) * (x.ndim - 2))
-        return x.reshape(batch, count, size, *x.shape[2:]).swapaxes(0, 1).reshape(count, batch * size, *x.shape[2:])
+    def cut(x):  # [B, T, …] -> [chunks, size, …]
+        x = x.reshape(tokens, *x.shape[2:])[order]
+        return jnp.pad(x, ((0, count * size - tokens),) + ((0, 0),) * (x.ndim - 1)).reshape(count, size, *x.shape[1:])
 
     def join(x):
-        return (
-            x.reshape(count, batch, size, *x.shape[2:])
-            .swapaxes(0, 1)
-            .reshape(batch, count * size, *x.shape[2:])[:, :time]
-        )
+        return x.reshape(count * size, *x.shape[2:])[rank].reshape(*shape, *x.shape[2:])
 
     trained = [x for x, flag in zip(leaves, flags or ()) if flag]
 
@@ -193,13 +194,20 @@ def _chunks(unembed, token_fn, structure, flags, chunk_bytes, leaves, rng, hidde
         outputs = token_fn(unembed(structure.unflatten(whole), hidden), tok, keys)
         return jnp.sum(weights * outputs["loss"]), outputs
 
-    def step(gradients, chunk):
+    def work(gradients, chunk):
         if flags is None:
             return gradients, (total(trained, *chunk)[1], ())
         (_, outputs), (more, hidden_gradient) = jax.value_and_grad(total, (0, 1), has_aux=True)(trained, *chunk)
         return [old + new.astype(old.dtype) for old, new in zip(gradients, more)], (outputs, hidden_gradient)
 
+    def skip(gradients, chunk):
+        return gradients, jax.tree.map(jnp.zeros_like, jax.eval_shape(work, gradients, chunk)[1])
+
+    def step(gradients, chunk):
+        return jax.lax.cond(jnp.any(chunk[1] != 0), work, skip, gradients, chunk)
+
     chunks = jax.tree.map(cut, (hidden, weights, tok, token_ids))
     start = [jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)) for x in trained]
     gradients, (outputs, hidden_gradient) = jax.lax.scan(step, start, chunks)
-    return jax.tree.map(join, outputs), gradients, jax.tree.map(join, hidden_gradient)
+    outputs = jax.tree.map(lambda x: jnp.where(weights != 0, join(x), jnp.zeros((), x.dtype)), outputs)
+    return outputs, gradients, jax.tree.map(join, hidden_gradient)
