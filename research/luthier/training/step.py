@@ -54,10 +54,13 @@ def make_step(
 
         def update(trainable, opt_state, average):
             updates, opt_state = optimizer.update(jax.tree.map(lambda g: g * clip, grads), opt_state, trainable)
-            trainable = jax.tree.map(lambda p, u: p + u.astype(p.dtype), trainable, updates)
+            update_norm = optax.tree.norm(updates).astype(norm.dtype)
+            # One, but known after the norm: new weights replace the old ones in place only when nothing reads these.
+            one = jnp.where(update_norm >= 0, 1, jnp.nan).astype(norm.dtype)
+            trainable = jax.tree.map(lambda p, u: p + (u * one).astype(p.dtype), trainable, updates)
             if ema:
                 average = jax.tree.map(lambda a, p: ema * a + (1 - ema) * p, average, trainable)
-            return (trainable, opt_state, average), optax.tree.norm(updates).astype(norm.dtype)
+            return (trainable, opt_state, average), update_norm
 
         # A branch rather than a select of every number: the update is made in place.
         (trainable, opt_state, average), update_norm = jax.lax.cond(
