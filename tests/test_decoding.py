@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +18,8 @@ import tiny_policy
 
 from luthier.decoding import Sampling, generate, sampling
 from luthier.errors import LuthierError
+from luthier.tuners import bind
+from luthier.tuners.lora import lora
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens" / "processors.npz"
 PROMPTS = ("a", "The quick brown fox", "x" * 40, "12 + 34 =", "zebra\n", "qq", "Hello, world. " * 4)
@@ -86,8 +89,21 @@ def test_greedy_equals_full_forward(policy):
     assert len({token for generation in made for token in generation.token_ids}) > 20
 
 
-def test_logprobs_are_the_models_own(policy):
+def tied_local_layers_with_an_adapter():
+    gemma = {"model_type": "gemma2", "head_dim": 8, "sliding_window": 8, "tie_word_embeddings": True}
+    plain = tiny_policy.policy(**gemma)
+    bound = bind(plain.bound.model, [lora(rank=2, alpha=8)])
+    noise = np.random.default_rng(0)
+    adapter = jax.eval_shape(lambda: nn.unbox(bound.init(jax.random.key(0))["lora"]))
+    adapter = jax.tree.map(lambda x: noise.normal(size=x.shape).astype(np.float32), adapter)
+    return dataclasses.replace(plain, bound=bound, variables={**plain.variables, "lora": adapter})
+
+
+@pytest.mark.parametrize("make", [tiny_policy.policy, tied_local_layers_with_an_adapter])
+def test_logprobs_are_the_models_own(make):
+    policy = make()
     made = generate(policy, PROMPTS[:3], Sampling(max_new_tokens=12, temperature=1.7, top_k=9), batch_size=4)
+    assert policy.layers_apart  # so decoded apart; the expectation reads stacked weights
     for prompt, generation in zip(PROMPTS, made):
         context = policy.encode(prompt)
         logprobs = jax.nn.log_softmax(full_logits(policy, [*context, *generation.token_ids]))
@@ -161,9 +177,9 @@ def test_steady_state_compiles_nothing(policy):
     def prompts(count):
         return ["".join(chr(97 + c) for c in rng.integers(0, 26, rng.integers(1, 60))) for _ in range(count)]
 
-    settings = Sampling(max_new_tokens=10, temperature=0.8, stop=("qq",))
+    settings = Sampling(max_new_tokens=20, temperature=0.8, stop=("qq",))
     generate(policy, [*prompts(9), "a", "b" * 50], settings, batch_size=4)
-    generate(policy, ["a"] * 4, settings, batch_size=4)
+    generate(policy, [*["a"] * 4, *["c" * 20] * 4], settings, batch_size=4)
     with jax.log_compiles(), count_compilations() as compiled:
         generate(
             policy,

@@ -12,7 +12,9 @@ from luthier.tuners import Bound
 
 
 def bucket(length: int) -> int:
-    """The next length that gets a program of its own: multiples of 32, wasting at most a quarter."""
+    """The next length that gets a program of its own: 16, then multiples of 32, wasting at most a quarter."""
+    if length <= 16:
+        return 16
     step = max(32, 1 << max(0, length.bit_length() - 3))
     return -(-length // step) * step
 
@@ -51,3 +53,9 @@ def to_host(tree):
     if all(x.is_fully_addressable for x in jax.tree.leaves(tree)):
         return jax.device_get(tree)
     return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def is_one_cpu(bound: Bound) -> bool:
+    """Whether the model runs on a single CPU device."""
+    mesh = bound.model.sharder.mesh
+    return (mesh is None or mesh.size == 1) and bound.model.sharder.device().platform == "cpu"

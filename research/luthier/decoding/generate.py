@@ -19,6 +19,7 @@ from luthier.decoding.policy import Policy, Prompt
 from luthier.decoding.sampling import Sampling, draw
 from luthier.errors import LuthierError
 from luthier.models import KVCache, init_cache
+from luthier.models.apart import cache_apart
 from luthier.tuners import Bound
 
 # Decode steps between two looks for stop strings: few enough to waste little, enough to hide the look.
@@ -102,16 +103,16 @@ class _Rows:
     step: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames=("bound", "room", "sampling", "eos"))
+@functools.partial(jax.jit, static_argnames=("bound", "room", "apart", "sampling", "eos"))
 def _prefill(
-    variables, batch, indices, done, seed, *, bound: Bound, room: int, sampling: Sampling, eos: tuple
+    variables, batch, indices, done, seed, *, bound: Bound, room: int, apart: bool, sampling: Sampling, eos: tuple
 ) -> _Rows:
     """Reads the prompts `[B, P]` into a fresh cache and makes the first token of each row."""
     rows, length = batch["tokens"].shape
     cache = init_cache(bound.model.config, rows, length + room, bound.model.dtype)
     hidden, cache = bound.hidden(variables, batch, cache=cache)
     state = _Rows(
-        cache=cache,
+        cache=cache_apart(cache) if apart else cache,
         keys=jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(indices),
         positions=batch["positions"][:, -1] + 1,
         tokens=jnp.zeros((rows, room), jnp.int32),
@@ -168,12 +169,15 @@ def _batch(
     # Stop strings, seed and length are no part of the program.
     static = dataclasses.replace(sampling, stop=(), seed=0, max_new_tokens=1)
     fixed = {"bound": policy.bound, "sampling": static, "eos": policy.eos_ids}
-    state = _prefill(policy.variables, *inputs, np.uint32(sampling.seed % 2**32), room=room, **fixed)
+    apart = policy.layers_apart
+    state = _prefill(
+        policy.variables, *inputs, np.uint32(sampling.seed % 2**32), room=room, apart=apart is not None, **fixed
+    )
     stops: dict[int, tuple[int, str]] = {}
     until = 1
     while until < sampling.max_new_tokens:
         until = min(until + STOP_CHECK, sampling.max_new_tokens) if sampling.stop else sampling.max_new_tokens
-        state = _decode(policy.variables, state, np.int32(until), **fixed)
+        state = _decode(apart or policy.variables, state, np.int32(until), **fixed)
         made, lengths, done = batching.to_host((state.tokens, state.lengths, state.done))
         if sampling.stop:
             stops |= _stopped(policy, made[: len(prompts)], lengths, stops, sampling.stop)

@@ -1,6 +1,7 @@
 """A policy: a model that can be asked."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,8 +13,10 @@ from jax.sharding import Sharding
 from luthier import weights
 from luthier.data.chat import ChatTemplate
 from luthier.data.tokenizer import Tokenizer
+from luthier.decoding.batching import is_one_cpu
 from luthier.errors import LuthierError
 from luthier.models import Transformer
+from luthier.models.apart import variables_apart
 from luthier.parallel import Sharder, make_inference_mesh, make_sharder
 from luthier.tuners import Bound, bind
 from luthier.tuners.lora import lora
@@ -36,6 +39,14 @@ class Policy:
     variables: Mapping[str, Any] = dataclasses.field(repr=False)
     tokenizer: Tokenizer
     template: ChatTemplate | None = None
+
+    @functools.cached_property
+    def layers_apart(self) -> Mapping[str, Any] | None:
+        """`variables` as one CPU decodes fastest; None elsewhere, and where that takes too much memory."""
+        if not is_one_cpu(self.bound):
+            return None
+        model = self.bound.model
+        return variables_apart(self.variables, model.dtype, model.config.tie_embeddings)
 
     @property
     def eos_ids(self) -> tuple[int, ...]:

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from luthier.models import attention
-from luthier.models.cache import KVCache
+from luthier.models import apart, attention
+from luthier.models.cache import KVCache, extended
 from luthier.models.config import ModelConfig
 from luthier.models.matmul import lookup, matmul
 from luthier.models.remat import POLICIES, saved
@@ -40,7 +40,11 @@ class Linear(nn.Module):
         kernel = self.param(
             "kernel", nn.with_partitioning(_init, (self.in_axis, self.out_axis)), (x.shape[-1], self.features)
         )
-        y = matmul(x, kernel, self.sharder, (self.in_axis, self.out_axis))
+        stored = self.get_variable("params", "kernel")
+        if isinstance(stored, apart.Columns):
+            y = apart.product(x, stored)
+        else:
+            y = matmul(x, kernel, self.sharder, (self.in_axis, self.out_axis))
         if self.use_bias:
             bias = self.param("bias", nn.with_partitioning(nn.initializers.zeros, (self.out_axis,)), (self.features,))
             y += bias.astype(self.dtype)
@@ -136,11 +140,7 @@ class Attention(nn.Module):
             turn = jax.tree.map(functools.partial(jnp.where, is_local), context.local_rotation, turn)
         q, k = attention.rotate(q, *turn) * c.query_scale, attention.rotate(k, *turn)
         if cache is not None:
-            start = (index, 0, context.slot, 0, 0)
-            cache = tuple(
-                jax.lax.dynamic_update_slice(old, new[None].astype(old.dtype), start) for old, new in zip(cache, (k, v))
-            )
-            k, v = (jax.lax.dynamic_index_in_dim(kept, index, keepdims=False) for kept in cache)
+            cache, k, v = extended(cache, index, context.slot, (k, v))
         heads = Attend(self.backend, c.attention_softcap, self.sharder, name="attend")(q, k, v, context.mask, is_local)
         heads = Hook(name="heads")(heads)
         out = Linear(c.hidden_size, "heads", "embed", c.output_bias, self.dtype, self.sharder, name="o")
@@ -195,6 +195,21 @@ class Block(nn.Module):
         return (x, cache), None
 
 
+class Layer(nn.Module):
+    """One layer whose weights lie apart, under the path that it has among the stacked ones."""
+
+    config: ModelConfig
+    dtype: Any
+    backend: str
+    sharder: Sharder
+
+    def setup(self):
+        self.layers = Block(self.config, self.dtype, self.backend, 0.0, self.sharder)
+
+    def __call__(self, carry, layer, context: Context):
+        return self.layers(carry, layer, context)[0]
+
+
 class Embed(nn.Module):
     """The embedding table `[V, E]`."""
 
@@ -220,7 +235,9 @@ class Head(nn.Module):
     def __call__(self, x, table=None):
         c = self.config
         wide = jnp.promote_types(self.dtype, jnp.float32)
-        if table is None:
+        if isinstance(stored := self.get_variable("params", "kernel"), apart.Columns):
+            logits = apart.product(x, stored, wide)
+        elif table is None:
             shape = (c.hidden_size, c.vocab_size)
             kernel = self.param("kernel", nn.with_partitioning(_init, ("embed", "vocab")), shape)
             logits = jnp.einsum("...e,ev->...v", x, kernel.astype(self.dtype), preferred_element_type=wide)
@@ -303,11 +320,26 @@ class Transformer(nn.Module):
         if c.embed_scale:
             x = x * jnp.asarray(c.hidden_size**0.5, self.dtype)
         x = self.inputs(x, batch)
-        layer = (jnp.arange(c.num_layers), jnp.asarray(c.local_layers))
-        (x, kept), _ = self.layers((x, kept), layer, context)
+        if cache is not None and isinstance(cache.keys, tuple):
+            x, kept = self._apart(x, kept, context)
+        else:
+            layer = (jnp.arange(c.num_layers), jnp.asarray(c.local_layers))
+            (x, kept), _ = self.layers((x, kept), layer, context)
         if cache is not None:
             cache = KVCache(*kept, key["positions"], key["segment_ids"], slot + batch["tokens"].shape[1])
         return self.final_norm(x), cache
+
+    def _apart(self, x, kept, context: Context):
+        """The layers one after another, each with its own weights and cache, as `apart` makes them."""
+        layer = Layer(self.config, self.dtype, self.attention, self.sharder, parent=None)
+        caches = []
+        for number, (cache, is_local) in enumerate(zip(zip(*kept), self.config.local_layers)):
+            mine = {
+                name: {"layers": tree["layers"][number]} for name, tree in self.variables.items() if "layers" in tree
+            }
+            x, cache = layer.apply(mine, (x, cache), (number, is_local), context)
+            caches.append(cache)
+        return x, tuple(zip(*caches))
 
     def unembed(self, hidden: Float[Array, "... E"]) -> Float[Array, "... V"]:
         """Logits in float32, soft-capped where the family does so."""
