@@ -40,10 +40,14 @@ RANK, ALPHA, LEARNING_RATE = 16, 32, 1e-4
 RESULTS = pathlib.Path(__file__).parent / "results" / "step.json"
 
 
-def luthier_step(tune: str, tokens, remat: str):
-    """A function that does one step and returns the loss."""
+def luthier_step(tune: str, tokens, remat: str, shape: dict = SMOLLM2_135M, dtype: str = "float32", loss_weights=None):
+    """A function that does one step and returns the loss; trained weights are float32, others of `dtype`.
+
+    `loss_weights`, as `tokens`, are those of the next token's loss; None trains all but the last.
+    """
     import flax.linen as nn
     import jax
+    import jax.numpy as jnp
     import numpy as np
 
     from luthier.models import ModelConfig, Transformer
@@ -56,16 +60,20 @@ def luthier_step(tune: str, tokens, remat: str):
     from luthier.tuners import bind
     from luthier.tuners.lora import lora
 
-    config = ModelConfig.from_hf(SMOLLM2_135M)
+    config = ModelConfig.from_hf(shape)
     sharder = make_sharder(make_mesh(), num_heads=config.num_heads, num_kv_heads=config.num_kv_heads)
-    bound = bind(Transformer(config, remat=remat), [lora(rank=RANK, alpha=ALPHA)] if tune == "lora" else [])
-    variables = jax.jit(lambda rng: nn.unbox(bound.init(rng)))(jax.random.key(0))
-    trainable, frozen = split(variables, ["lora" if tune == "lora" else "params"])
-    optimizer = optimizers.adamw(lambda step: LEARNING_RATE, weight_decay=0.01)
+    model = Transformer(config, dtype=jnp.dtype(dtype), remat=remat)
+    bound = bind(model, [lora(rank=RANK, alpha=ALPHA)] if tune == "lora" else [])
+    trained = "lora" if tune == "lora" else "params"
+    kinds = lambda tree: {k: v if k == trained else jax.tree.map(lambda x: x.astype(dtype), v) for k, v in tree.items()}  # noqa: E731
+    variables = jax.jit(lambda rng: kinds(nn.unbox(bound.init(rng))))(jax.random.key(0))
+    trainable, frozen = split(variables, [trained])
+    moment = None if dtype == "float32" else dtype
+    optimizer = optimizers.adamw(lambda step: LEARNING_RATE, weight_decay=0.01, first_moment_dtype=moment)
     state = init_state(trainable, optimizer, sharder)
     del variables, trainable
     step = jit_step(make_step(bound, token_objective(sft(), sharder), optimizer, clip_norm=1.0))
-    weights = np.ones(tokens.shape, np.float32)
+    weights = np.ones(tokens.shape, np.float32) if loss_weights is None else loss_weights.copy()
     weights[:, -1] = 0
     batch = {
         "tokens": tokens,
@@ -83,14 +91,34 @@ def luthier_step(tune: str, tokens, remat: str):
     return run
 
 
-def torch_step(tune: str, tokens, compiled: bool):
-    """The same by transformers (and PEFT) with its default attention."""
+def torch_model(shape: dict, dtype: str, device: str):
+    """Random weights in transformers with its default attention."""
     import torch
     import transformers
 
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(**{k: v for k, v in SMOLLM2_135M.items() if k != "model_type"}, use_cache=False)
-    model = transformers.LlamaForCausalLM(config).float().train()
+    config = transformers.AutoConfig.for_model(**shape)
+    with torch.device(device):
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+
+
+def torch_step(
+    tune: str,
+    tokens,
+    compiled: bool,
+    shape: dict = SMOLLM2_135M,
+    dtype: str = "float32",
+    device: str = "cpu",
+    remat: bool = False,
+):
+    """The same by transformers (and PEFT); other dtypes than float32 by autocast."""
+    import torch
+
+    model = torch_model(shape, "float32" if tune == "sft" else dtype, device).train()
+    model.config.use_cache = False
+    if remat:
+        model.gradient_checkpointing_enable()
+        model.enable_input_require_grads()
     if tune == "lora":
         import peft
 
@@ -101,10 +129,11 @@ def torch_step(tune: str, tokens, compiled: bool):
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.01)
     forward = torch.compile(model) if compiled else model
-    ids = torch.tensor(tokens, dtype=torch.long)
+    ids = torch.tensor(tokens, dtype=torch.long, device=device)
 
     def run() -> float:
-        loss = forward(input_ids=ids, labels=ids).loss
+        with torch.autocast(device, getattr(torch, dtype), enabled=dtype != "float32"):
+            loss = forward(input_ids=ids, labels=ids).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
@@ -174,18 +203,24 @@ def measure(workload: str, options: argparse.Namespace) -> dict:
         run = products_step(tune, tokens)
     else:
         run = torch_step(tune, tokens, compiled=library == "torch-compile")
+    return {"workload": workload, **timed(run, options.steps, tokens.size, begin)}
+
+
+def timed(run, steps: int, tokens: int, begin: float) -> dict:
+    """Times of so many steps of so many tokens after two untimed ones, and the peak memory of this process.
+
+    `begin` is when the work began, by `time.perf_counter`.
+    """
     losses = [run(), run()]  # the second warms caches and allocators
     ready, seconds = time.perf_counter(), []
-    for _ in range(options.steps):
+    for _ in range(steps):
         start = time.perf_counter()
         losses.append(run())
         seconds.append(time.perf_counter() - start)
-    peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
     return {
-        "workload": workload,
         "step_seconds": seconds,
-        "tokens_per_second": tokens.size / statistics.median(seconds),
-        "peak_gib": int(peak.split()[1]) / 2**20,
+        "tokens_per_second": tokens / statistics.median(seconds),
+        "peak_gib": peak_gib(),
         "start_seconds": ready - begin,
         "first_loss": losses[0],
         "last_loss": losses[-1],
@@ -194,21 +229,29 @@ def measure(workload: str, options: argparse.Namespace) -> dict:
 
 def measure_apart(workload: str, options: argparse.Namespace) -> dict:
     """`measure` in a fresh process on `--cores` cores."""
-    cores = sorted(os.sched_getaffinity(0))[: options.cores]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(options.cores), "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, __file__, "--worker", workload]
-    for name in ("steps", "batch", "time", "remat"):
-        command += [f"--{name}", str(getattr(options, name))]
+    arguments = [f"--{name}={getattr(options, name)}" for name in ("steps", "batch", "time", "remat")]
+    return apart(__file__, workload, arguments, options.cores)
+
+
+def apart(script: str, workload: str, arguments: list[str], cores: int, python: str = sys.executable) -> dict:
+    """The last line that `script --worker=WORKLOAD` prints, in a fresh process on so many cores."""
+    mine = sorted(os.sched_getaffinity(0))[:cores]
     done = subprocess.run(
-        command,
-        env=environment,
+        [python, script, f"--worker={workload}", *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": str(len(mine)), "TOKENIZERS_PARALLELISM": "false"},
         capture_output=True,
         text=True,
-        preexec_fn=lambda: os.sched_setaffinity(0, cores),
+        preexec_fn=lambda: os.sched_setaffinity(0, mine),
     )
     if done.returncode:
         sys.exit(f"{workload} failed:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def peak_gib() -> float:
+    """The most memory that this process ever held."""
+    line = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 2**20
 
 
 def summary(runs: list[dict]) -> dict:
@@ -276,13 +319,13 @@ def main() -> None:
     table = summary(runs)
     show(table)
     settings = {key: getattr(options, key) for key in ("repeats", "steps", "batch", "time", "cores", "remat")}
-    machine = {"cpu": _cpu(), "versions": versions()}
+    machine = {"cpu": cpu(), "versions": versions()}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps({**settings, **machine, "summary": table, "runs": runs}, indent=1) + "\n")
     print(options.out)
 
 
-def _cpu() -> str:
+def cpu() -> str:
     lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
