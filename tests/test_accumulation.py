@@ -64,7 +64,7 @@ def distance(a, b) -> float:
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("micro_batches", [2, 3, 4])
+@pytest.mark.parametrize("micro_batches", [2, 3])
 def test_micro_batches_give_the_gradient_of_the_full_batch(micro_batches, dtype):
     with jax.enable_x64(dtype == np.float64):
         loss, grads = full(dtype)
@@ -110,7 +110,7 @@ def test_gradient_equals_finite_differences(name):
             assert float(moved[0] - moved[1]) / (2 * h) == pytest.approx(slope, rel=1e-6)
 
 
-@pytest.mark.parametrize("micro_batches", [1, 3])
+@pytest.mark.parametrize("micro_batches", [3])
 def test_a_batch_without_targets_is_no_update_and_no_nan(micro_batches):
     batch = ragged()
     empty = {**batch, "loss_weights": 0 * batch["loss_weights"]}

@@ -1,4 +1,4 @@
-"""The unembedding and a token loss in one loop over time, so that all logits never exist at once.
+"""The unembedding and a token loss in one loop over tokens, so that all logits never exist at once.
 
 Both functions run the same loop over chunks of tokens. On a mesh the loop runs inside a `shard_map`
 over every axis (rows over data and fsdp, time over sequence and tensor), so the head is gathered
