@@ -64,7 +64,7 @@ def distance(a, b) -> float:
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("micro_batches", [2, 3])
+@pytest.mark.parametrize("micro_batches", [2, 3, 4])
 def test_micro_batches_give_the_gradient_of_the_full_batch(micro_batches, dtype):
     with jax.enable_x64(dtype == np.float64):
         loss, grads = full(dtype)
