@@ -24,7 +24,6 @@ ROOT = pathlib.Path(__file__).parents[1]
 PROMPTS = ROOT / "configs" / "tasks" / "chain_sum" / "test.jsonl"
 WORKLOADS = ("luthier", "transformers", "transformers-static", "products", "memory")
 RESULTS = pathlib.Path(__file__).parent / "results" / "generate.json"
-SETTINGS = ("steps", "batch", "new")
 
 
 def luthier_generate(directory: str, prompts: list[str], new: int):
@@ -53,7 +52,8 @@ def transformers_generate(directory: str, prompts: list[str], new: int, static: 
 
     def run() -> list[list[int]]:
         inputs = tokenizer(prompts, return_tensors="pt", padding=True)
-        return model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :].tolist()
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        return model.generate(ids, attention_mask=mask, **options)[:, ids.shape[1] :].tolist()
 
     return run
 
@@ -185,13 +185,20 @@ def main() -> None:
         print(json.dumps(measure(options.worker, options)))
         return
     settings = {key: getattr(options, key) for key in ("model", "steps", "batch", "new", "cores")}
-    runs = []
+    runs, failed = [], {}
     with tempfile.TemporaryDirectory() as directory:
         arguments = [f"--{key}={value}" for key, value in {**settings, "directory": directory}.items()]
         step.apart(__file__, "export", arguments, options.cores)
         for repeat in range(options.repeats):
             for workload in options.workloads:
-                runs.append(step.apart(__file__, workload, arguments, options.cores))
+                if workload in failed:
+                    continue
+                try:
+                    runs.append(step.apart(__file__, workload, arguments, options.cores))
+                except SystemExit as error:  # the other workloads go on
+                    failed[workload] = str(error)[-500:]
+                    print(failed[workload], flush=True)
+                    continue
                 speed, peak = runs[-1]["tokens_per_second"], runs[-1]["peak_gib"]
                 print(f"{repeat + 1}/{options.repeats} {workload:20} {speed:8.1f} tokens/s {peak:6.2f} GiB", flush=True)
     table = step.summary(runs)
@@ -199,9 +206,8 @@ def main() -> None:
     equal = agreement(runs)
     print("rows with transformers' tokens:", equal)
     machine = {"cpu": step.cpu(), "versions": step.versions()}
-    for run in runs[len(options.workloads) :]:
-        del run["tokens"]
-    record = {**settings, "repeats": options.repeats, **machine, "summary": table, "equal_rows": equal, "runs": runs}
+    record = {**settings, "repeats": options.repeats, **machine, "summary": table, "equal_rows": equal}
+    record |= {"failed": failed, "runs": [{k: v for k, v in run.items() if k != "tokens"} for run in runs]}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(record, indent=1) + "\n")
     print(options.out)
