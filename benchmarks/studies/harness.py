@@ -1,0 +1,169 @@
+"""Studies: a plan written down beforehand, cells that are run once each, a page that says what came of it.
+
+A cell is a method, a learning rate and a seed: one `luthier.train` in a workdir of its own, so a killed study goes on
+where it was, in the middle of a cell too. First the rate of each method is chosen on a seed of its own, then every
+seed is run with it.
+"""
+
+import dataclasses
+import json
+import pathlib
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import scipy.stats
+import yaml
+from ml_collections import ConfigDict
+
+from luthier.errors import LuthierError, near
+from luthier.reporting import compare, read_run
+
+PLANS = pathlib.Path(__file__).parent / "plans.yaml"
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    method: str
+    rate: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}-lr{self.rate:g}-seed{self.seed}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """One study of `plans.yaml`; `tune` names the measure and the seed that choose each method's rate."""
+
+    name: str
+    question: str
+    directions: tuple[Mapping[str, Any], ...]
+    minutes: float
+    tune: Mapping[str, Any]
+    seeds: tuple[int, ...]
+    methods: Mapping[str, tuple[float, ...]]
+
+    def tuning(self) -> list[Cell]:
+        """Cells that choose a rate; a method with one rate needs none."""
+        return [
+            Cell(m, rate, self.tune["seed"]) for m, rates in self.methods.items() for rate in rates if len(rates) > 1
+        ]
+
+    def final(self, rates: Mapping[str, float]) -> list[Cell]:
+        return [Cell(method, rate, seed) for method, rate in rates.items() for seed in self.seeds]
+
+
+def read_plan(name: str, file: pathlib.Path = PLANS) -> Plan:
+    plans = yaml.safe_load(file.read_text())
+    if name not in plans:
+        raise LuthierError(f"no study {name!r}", where=file, mend=near(name, plans))
+    found = plans[name]
+    lists = {key: tuple(found[key]) for key in ("directions", "seeds")}
+    return Plan(name=name, **{**found, **lists, "methods": {m: tuple(rates) for m, rates in found["methods"].items()}})
+
+
+def run_study(plan: Plan, recipe: Callable[[Cell], ConfigDict], folder: pathlib.Path, train=None) -> dict[str, Any]:
+    """Runs what is left of a study, and writes `results.json`.
+
+    Args:
+      recipe: the whole recipe of a cell.
+      folder: of the study; cells are workdirs below it.
+      train: `(recipe, workdir) -> None`; `luthier.train` if None.
+    """
+    _announce(plan, folder)
+    tuned = {cell: measured(cell, recipe, folder, train) for cell in plan.tuning()}
+    rates = {method: _best(plan, method, tuned) for method in plan.methods}
+    cells = {cell: measured(cell, recipe, folder, train) for cell in plan.final(rates)}
+    results = {
+        "study": plan.name,
+        "rates": rates,
+        "tuning": [dataclasses.asdict(cell) | found for cell, found in tuned.items()],
+        "cells": [dataclasses.asdict(cell) | found for cell, found in cells.items()],
+    }
+    results["directions"] = [verdict(direction, results["cells"]) for direction in plan.directions]
+    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    return results
+
+
+def measured(cell: Cell, recipe: Callable[[Cell], ConfigDict], folder: pathlib.Path, train=None) -> dict[str, Any]:
+    """The measures of a cell, run unless it was."""
+    file, workdir = folder / f"{cell.name}.json", folder / cell.name
+    if file.exists():
+        return json.loads(file.read_text())
+    if train is None:
+        from luthier import train
+    start = time.monotonic()
+    train(recipe(cell), workdir)
+    evaluations = read_run(workdir).evaluations
+    measures = {f"{e.when}-{e.label}": e.value for e in evaluations}
+    kept = compare.retained(evaluations)
+    if kept and kept.rows:
+        measures["retention"] = kept.difference.value
+    found = {"seconds": round(time.monotonic() - start, 1), "measures": measures}
+    file.write_text(json.dumps(found, indent=1) + "\n")
+    print(f"{cell.name}: {found['seconds']:.0f} s", flush=True)
+    return found
+
+
+def _announce(plan: Plan, folder: pathlib.Path) -> None:
+    """The hours that are left, by the cells that are done or else by the plan."""
+    folder.mkdir(parents=True, exist_ok=True)
+    patterns = [f"{cell.name}.json" for cell in plan.tuning()]
+    patterns += [
+        f"{method}-lr*-seed{seed}.json" for method in plan.methods for seed in plan.seeds
+    ]  # rates to be chosen
+    done = [json.loads(file.read_text())["seconds"] for pattern in patterns for file in folder.glob(pattern)]
+    left = len(patterns) - len(done)
+    seconds = statistics.median(done) if done else 60 * plan.minutes
+    print(f"{plan.name}: {left} of {len(patterns)} cells left, about {left * seconds / 3600:.1f} hours", flush=True)
+
+
+def _best(plan: Plan, method: str, tuned: Mapping[Cell, Mapping[str, Any]]) -> float:
+    rates = plan.methods[method]
+    if len(rates) == 1:
+        return rates[0]
+    found = {
+        cell.rate: result["measures"][plan.tune["measure"]] for cell, result in tuned.items() if cell.method == method
+    }
+    return max(rates, key=found.__getitem__)
+
+
+def interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """The mean over seeds with Student's 95% interval; infinite for one seed."""
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return mean, -np.inf, np.inf
+    half = float(scipy.stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5)
+    return mean, mean - half, mean + half
+
+
+def values_of(cells: Sequence[Mapping[str, Any]], method: str, measure: str) -> dict[int, float]:
+    """A measure of a method by seed."""
+    rows = [row for row in cells if row["method"] == method and measure in row["measures"]]
+    return {row["seed"]: row["measures"][measure] for row in rows}
+
+
+def verdict(direction: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the seeds say of a direction: `holds`, `fails` or `open` (the interval covers both).
+
+    Differences are taken seed by seed. "better" holds if the interval is above 0 and fails if it is below; "same"
+    holds if the interval is within ±`within` and fails if it is outside altogether.
+    """
+    first, second = direction.get("same") or (direction["better"], direction["than"])
+    ours, theirs = (values_of(cells, method, direction["measure"]) for method in (first, second))
+    both = sorted(ours.keys() & theirs.keys())
+    if not both:
+        return {**direction, "verdict": "open", "n": 0}
+    mean, low, high = interval([ours[seed] - theirs[seed] for seed in both])
+    if "same" in direction:
+        margin = direction["within"]
+        holds, fails = -margin <= low and high <= margin, low > margin or high < -margin
+    else:
+        holds, fails = low > 0, high < 0
+    found = "holds" if holds else "fails" if fails else "open"
+    ends = [end if np.isfinite(end) else None for end in (low, high)]
+    return {**direction, "difference": mean, "interval": ends, "n": len(both), "verdict": found}

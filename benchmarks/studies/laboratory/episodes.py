@@ -1,0 +1,94 @@
+"""Episodes of pretraining, and the problems that evaluations ask: pure functions of a seed."""
+
+import random
+import re
+from collections.abc import Iterator
+
+from laboratory.formats import HELD_OUT, Format, trained_formats
+from laboratory.language import vocabulary
+from laboratory.tasks import FAMILIES, HELD_OUT_FAMILIES, Answer, Groups, Task
+
+SEPARATOR = "\n\n"  # between solved examples, as in luthier.evals.cases
+LONGEST = 256  # tokens of an episode
+FORMATS = 3000
+# Tasks whose hidden part is new in every episode come more often: only the context helps there.
+WEIGHTS = {"choose_category": 4.0, "lookup": 2.0, "add_constant": 2.0}
+
+_IDS = {word: i for i, word in enumerate(vocabulary())}
+Problem = tuple[Groups, Answer]
+
+
+def encode(text: str) -> list[int]:
+    """Token ids of a text of the language, nothing added."""
+    return [_IDS[word] for word in re.findall(r"\n+|[^ \n]+", text)]
+
+
+def problems(task: Task, rng: random.Random, count: int) -> list[Problem]:
+    """Up to `count` problems with different inputs; fewer where the task has no more."""
+    found: dict[Groups, Answer] = {}
+    for _ in range(20 * count):
+        if len(found) == count:
+            break
+        groups = task.draw(rng)
+        found.setdefault(groups, task.solve(groups))
+    return list(found.items())
+
+
+def episode(task: Task, form: Format, examples: list[Problem]) -> tuple[list[int], list[int]]:
+    """Token ids from `<s>` to `</s>`, and a mask of the answers with what ends them.
+
+    Every answer is a target, so an episode of n examples trains 0 to n − 1 shots. Examples that would make it longer
+    than LONGEST are left out.
+    """
+    ids, mask = [_IDS["<s>"]], [0]
+    for groups, answer in examples:
+        prompt, completion = (encode(t) for t in (form.prompt(groups, task.instruction), form.completion(answer)))
+        if len(ids) + len(prompt) + len(completion) + 1 > LONGEST:
+            break
+        ids += [*prompt, *completion, _IDS[SEPARATOR]]
+        mask += [0] * len(prompt) + [1] * (len(completion) + 1)
+    return [*ids[:-1], _IDS["</s>"]], mask
+
+
+def episodes(count: int, seed: int) -> Iterator[tuple[list[int], list[int]]]:
+    """Episodes of pretraining: one task, one format, one to ten examples. Episode i depends on (seed, i) alone."""
+    formats = trained_formats(FORMATS, seed=0)
+    names = list(FAMILIES)
+    weights = [WEIGHTS.get(name, 1.0) for name in names]
+    for i in range(count):
+        rng = random.Random(f"{seed} {i}")
+        task = FAMILIES[rng.choices(names, weights)[0]](rng)
+        yield episode(task, rng.choice(formats), problems(task, rng, rng.randint(1, 10)))
+
+
+def gate_questions(format_name: str, shots: int, count: int, seed: int = 1) -> list[dict]:
+    """Questions on tasks of pretraining in a held-out format, `shots` solved examples in each prompt.
+
+    The questions of a format are the same whatever `shots` is.
+    """
+    form, records = HELD_OUT[format_name], []
+    for i in range(count):
+        rng = random.Random(f"{seed} {format_name} {i}")
+        task = FAMILIES[rng.choice(list(FAMILIES))](rng)
+        (query, answer), *solved = problems(task, rng, 9)
+        parts = [form.prompt(groups) + form.completion(its) for groups, its in solved[:shots]]
+        prompt = SEPARATOR.join([*parts, form.prompt(query)])
+        records.append({"prompt": prompt, "completion": form.completion(answer), "family": task.name})
+    return records
+
+
+def records(name: str, form: Format, count: int, seed: int, labels: tuple[str, ...] = ()) -> list[dict]:
+    """Different problems of one family in one format, with `options` where the answers are few.
+
+    Args:
+      labels: for a family of classes, what they are called.
+    """
+    rng = random.Random(f"{seed} {name}")
+    family = {**FAMILIES, **HELD_OUT_FAMILIES}[name]
+    task = (family.labelled(labels) if labels else family)(rng)
+    found = []
+    for groups, answer in problems(task, rng, count):
+        record = {"prompt": form.prompt(groups, task.instruction), "completion": form.completion(answer)}
+        options = {"options": [form.completion(option) for option in task.options]} if task.options else {}
+        found.append(record | options)
+    return found

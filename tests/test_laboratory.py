@@ -1,0 +1,189 @@
+"""The laboratory's generator: deterministic, held-out parts held out, targets and answers right."""
+
+import itertools
+import pathlib
+import random
+import re
+
+import laboratory
+import numpy as np
+import pytest
+from laboratory import episodes as made
+from laboratory import formats, language, tasks
+from laboratory.make import write_episodes
+
+from luthier import config
+from luthier.data.batches import build
+from luthier.data.tokenizer import Tokenizer
+from luthier.evals import verifiers
+
+FAMILIES = {**tasks.FAMILIES, **tasks.HELD_OUT_FAMILIES}
+TOKENIZER = Tokenizer.from_files(language.tokenizer_files())
+SAMPLE = list(made.episodes(300, seed=0))
+
+
+def test_episode_depends_on_seed_and_number_alone():
+    assert list(made.episodes(20, seed=0)) == SAMPLE[:20]
+    assert list(made.episodes(20, seed=1)) != SAMPLE[:20]
+    assert all(2 < len(ids) == len(mask) <= made.LONGEST for ids, mask in SAMPLE)
+
+
+def test_tokenizer_and_texts_go_both_ways():
+    words = language.vocabulary()
+    assert len(set(words)) == len(words) == TOKENIZER.vocab_size < 700
+    assert not any(" " in word for word in words)
+    assert TOKENIZER.pad_id not in TOKENIZER.eos_ids and TOKENIZER.bos_id is not None
+    assert len(set().union(*language.LANGUAGES.values())) == 4 * len(language.LEXICON), "languages share no word"
+    for ids, _ in SAMPLE[:100]:
+        text = TOKENIZER.decode(ids, skip_special=True)
+        assert TOKENIZER.encode(text) == made.encode(text) == ids[1:-1]
+        assert TOKENIZER.encode(text, special=True) == ids[:-1] and "<unk>" not in text
+
+
+def test_held_out_formats_and_tasks_never_occur_in_pretraining():
+    trained = formats.trained_formats(made.FORMATS, seed=0)
+    assert len(set(trained)) == made.FORMATS and len(formats.HELD_OUT) == 12
+    held_out = {
+        *language.HELD_OUT_FIELDS, *language.HELD_OUT_MARKS, *language.HELD_OUT_WRAPS, *formats.HELD_OUT_LAYOUTS
+    }  # fmt: skip
+    parts = lambda f: {*f.fields, f.mark, f.wrap, f.layout}  # noqa: E731
+    assert not any(parts(form) & held_out for form in trained)
+    assert all(parts(form) & held_out and not form.names_task for form in formats.HELD_OUT.values())
+    assert not tasks.FAMILIES.keys() & tasks.HELD_OUT_FAMILIES.keys()
+    # And in the texts themselves: no prompt can be read as one of a held-out format.
+    blank = [re.escape(form.prompt((("INPUT",),))) for form in formats.HELD_OUT.values()]
+    read = re.compile("|".join(blank).replace("INPUT", "[^\n]+"))
+    for form in formats.HELD_OUT.values():
+        assert read.fullmatch(form.prompt((("a", "b"), ("c",))))
+    end = language.SPECIAL.index("</s>")
+    for ids, mask in SAMPLE:
+        starts = np.flatnonzero(np.diff([1, *mask]) == -1)
+        for start in starts:
+            stop = start + mask[start:].index(1)
+            assert end not in ids[start:stop]
+            assert not read.fullmatch(TOKENIZER.decode(ids[start:stop], skip_special=True))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_targets_are_the_answers_and_verify(name):
+    rng = random.Random(name)
+    for form in [*rng.sample(formats.trained_formats(made.FORMATS, seed=0), 6), *formats.HELD_OUT.values()]:
+        task = FAMILIES[name](rng)
+        problems = made.problems(task, rng, 4)
+        assert task.name == name and problems
+        ids, mask = made.episode(task, form, problems)
+        groups_of = itertools.groupby(zip(ids, mask), key=lambda pair: pair[1])
+        runs = [[token for token, _ in run] for is_answer, run in groups_of if is_answer]
+        assert len(runs) == len(problems)
+        assert [run[-1] for run in runs[:-1]] == [TOKENIZER.id_of("\n\n")] * (len(runs) - 1)
+        assert runs[-1][-1] == TOKENIZER.eos_id == ids[-1]
+        for run, (groups, answer) in zip(runs, problems):
+            text = TOKENIZER.decode(run[:-1])
+            assert answer == task.solve(groups) == form.answer_of(text)
+            record = {"prompt": form.prompt(groups, task.instruction), "completion": form.completion(answer)}
+            assert verifiers.exact(text, record) == 1
+            assert not task.options or answer in task.options
+            assert form.answer_of(" nonsense ~ ~") != answer
+
+
+@pytest.mark.parametrize(
+    ("name", "groups", "answer"),
+    [
+        ("copy", ["a b c"], "a b c"),
+        ("reverse", ["a b c"], "c b a"),
+        ("first", ["d b"], "d"),
+        ("second", ["d b e"], "b"),
+        ("last", ["d b e"], "e"),
+        ("rotate", ["a b c"], "b c a"),
+        ("swap", ["a b c d"], "d b c a"),
+        ("double", ["x y"], "x x y y"),
+        ("drop_first", ["a b c"], "b c"),
+        ("drop_last", ["a b c"], "a b"),
+        ("ends", ["a b c d"], "a d"),
+        ("count", ["a b c d e"], "5"),
+        ("sort_letters", ["d a c"], "a c d"),
+        ("sort_numbers", ["10 9 80"], "9 10 80"),
+        ("sort_down", ["10 9 80"], "80 10 9"),
+        ("largest", ["9 10"], "10"),
+        ("smallest", ["9 10"], "9"),
+        ("next_letter", ["a y"], "b z"),
+        ("previous_letter", ["b z"], "a y"),
+        ("plus", ["7", "8"], "15"),
+        ("minus", ["12", "5"], "7"),
+        ("sequence", ["3 7 11"], "15"),
+        ("sum_of_three", ["7 8 20"], "35"),
+        ("category", ["violin"], "music"),
+        ("outlier", ["cat rain dog"], "rain"),
+        ("lookup", ["a 1 b 2 c 3", "b"], "2"),
+        ("last_two_swapped", ["a b c d"], "a b d c"),
+        ("parity", ["17"], "Q"),
+        ("fifty", ["50"], "Q"),
+        ("compare", ["9", "10"], "Q"),
+        ("compare", ["10", "9"], "P"),
+        ("same_item", ["a", "a"], "P"),
+        ("same_kind", ["cat", "dog"], "P"),
+        ("same_kind", ["cat", "rain"], "Q"),
+        ("member", ["a b c d", "e"], "Q"),
+        ("vowel", ["e"], "P"),
+        ("palindrome", ["a b a"], "P"),
+        ("entails", ["a b c d", "d a"], "P"),
+        ("entails", ["a b c d", "d e"], "Q"),
+        ("ordered", ["a c b"], "Q"),
+    ],
+)
+def test_answers_by_hand(name, groups, answer):
+    """Classes are called P (the first) and Q."""
+    family = FAMILIES[name]
+    task = (family.labelled(("P", "Q")) if hasattr(family, "labelled") else family)(random.Random(0))
+    assert " ".join(task.solve(tuple(tuple(group.split()) for group in groups))) == answer
+
+
+def test_hidden_parts_are_told_by_the_instruction():
+    """A constant, the labels, and words of other languages there and back."""
+    added = FAMILIES["add_constant"](random.Random(0))
+    assert added.solve((("30",),)) == (str(30 + int(added.instruction[1])),)
+    labelled = FAMILIES["parity"].labelled(("up", "down"))(random.Random(0))
+    assert " ".join(labelled.instruction) == "parity even up odd down" and labelled.options == (("up",), ("down",))
+    chosen = FAMILIES["choose_category"](random.Random(3))
+    told = dict(zip(chosen.instruction[1::2], chosen.instruction[2::2]))
+    for groups, answer in made.problems(chosen, random.Random(0), 8):
+        assert answer == (told[tasks.category_of(groups[0][0])],)
+    there, back = (FAMILIES[name](random.Random(0)) for name in ("plain_to_bakan", "bakan_to_plain"))
+    assert back.solve((there.solve((("cat", "red"),)),)) == ("cat", "red")
+
+
+def test_classes_are_balanced():
+    for name in ("same_kind", "entails", "ordered", "vowel"):
+        rng = random.Random(0)
+        task = FAMILIES[name].labelled(("P", "Q"))(rng)
+        share = np.mean([task.solve(task.draw(rng)) == ("P",) for _ in range(400)])
+        assert abs(share - 0.5) < 0.1, name
+
+
+def test_gate_asks_the_same_with_and_without_demonstrations():
+    for name in formats.HELD_OUT:
+        zero, four = (made.gate_questions(name, shots, 30) for shots in (0, 4))
+        for without, with_four in zip(zero, four):
+            assert without["completion"] == with_four["completion"]
+            *solved, last = with_four["prompt"].split(made.SEPARATOR)
+            assert last == without["prompt"] and len(solved) == 4
+            assert not any(demonstration.startswith(last) for demonstration in solved)
+
+
+def test_library_trains_on_the_answers(tmp_path):
+    file = tmp_path / "episodes.parquet"
+    tokens, targets = write_episodes(file, 40)
+    assert (tokens, targets) == tuple(sum(map(f, column)) for f, column in zip((len, sum), zip(*SAMPLE[:40])))
+    recipe = config.load(f"{pathlib.Path(laboratory.__file__).parent}/config.py:{tmp_path}")
+    (stage,) = recipe.stages
+    assert recipe.model.source == f"{tmp_path}/model"
+    options = {"sequence_length": stage.sequence_length, "batch_size": stage.batch_size, "seed": 0}
+    batches = build(stage.data, tokenizer=TOKENIZER, cache_dir=tmp_path / "cache", **options)
+    assert batches.counts["examples"] == 40 and batches.counts["targets"] == targets
+
+
+def test_records_differ_and_have_options():
+    form = formats.HELD_OUT["braces"]
+    found = made.records("entails", form, 50, seed=0, labels=("true", "false"))
+    assert len({record["prompt"] for record in found}) == 50
+    assert {record["completion"] for record in found} == {" { true }", " { false }"} == set(found[0]["options"])

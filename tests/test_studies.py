@@ -1,0 +1,87 @@
+"""The harness of studies: cells are run once, rates are chosen apart, directions get the verdict of the seeds."""
+
+import json
+
+import harness
+import numpy as np
+import page
+import pytest
+
+from luthier.errors import LuthierError
+
+PLAN = harness.Plan(
+    name="demo",
+    question="Is a better than b?",
+    directions=(
+        {"measure": "after-x", "better": "a", "than": "b", "because": "it is made so"},
+        {"measure": "after-x", "same": ["a", "a"], "within": 0.1, "because": "it is itself"},
+        {"measure": "after-z", "better": "a", "than": "b", "because": "nobody measured it"},
+    ),
+    minutes=6.0,
+    tune={"measure": "after-x", "seed": 9},
+    seeds=(0, 1, 2),
+    methods={"a": (0.1, 0.2), "b": (0.3,)},
+)
+VALUES = {("a", 0.1): 0.4, ("a", 0.2): 0.6, ("b", 0.3): 0.5}
+
+
+def run(folder, calls):
+    def train(cell, workdir):
+        calls.append(cell.name)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        where = workdir / "evaluations" / "after-x.json"
+        where.parent.mkdir(parents=True, exist_ok=True)
+        value = VALUES[cell.method, cell.rate] + 0.01 * cell.seed * (cell.method == "a")
+        where.write_text(json.dumps({"when": "after", "name": "x", "metric": "accuracy", "value": value}))
+
+    return harness.run_study(PLAN, lambda cell: cell, folder, train)
+
+
+def test_a_killed_study_goes_on_and_ends_in_a_page(tmp_path, capsys):
+    calls = []
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, calls)
+    assert capsys.readouterr().out.startswith("demo: 8 of 8 cells left, about 0.8 hours\n")
+    found = run(tmp_path, calls)
+    assert "5 of 8 cells left" in capsys.readouterr().out
+    assert len(calls) == 9 and calls[3] == calls[4], "only the cell that was killed is begun twice"
+    assert found["rates"] == {"a": 0.2, "b": 0.3} and len(found["cells"]) == 6
+    assert found == json.loads((tmp_path / "results.json").read_text())
+    better, same, unmeasured = found["directions"]
+    # Differences 0.10, 0.11, 0.12: mean 0.11, deviation 0.01, t(2) = 4.3027.
+    half = 4.3027 * 0.01 / 3**0.5
+    assert better["verdict"] == "holds" and better["difference"] == pytest.approx(0.11)
+    np.testing.assert_allclose(better["interval"], [0.11 - half, 0.11 + half], atol=1e-5)
+    assert (same["verdict"], unmeasured["verdict"]) == ("holds", "open")
+    text = page.write_page(PLAN, found, tmp_path / "docs").read_text()
+    assert "| a | 0.2 | 0.610 [0.585, 0.635] |" in text and "**holds**" in text
+    assert "<svg" in (tmp_path / "docs" / "demo.svg").read_text()
+
+
+@pytest.mark.parametrize(
+    ("direction", "differences", "expected"),
+    [
+        ({"better": "a", "than": "b"}, [-0.2, -0.21, -0.19], "fails"),
+        ({"better": "a", "than": "b"}, [-0.2, 0.3, 0.1], "open"),
+        ({"better": "a", "than": "b"}, [0.2], "open"),
+        ({"same": ["a", "b"], "within": 0.05}, [0.01, -0.01, 0.0], "holds"),
+        ({"same": ["a", "b"], "within": 0.05}, [0.2, 0.21, 0.19], "fails"),
+        ({"same": ["a", "b"], "within": 0.05}, [0.2, -0.2, 0.0], "open"),
+    ],
+)
+def test_verdicts(direction, differences, expected):
+    cells = [
+        {"method": method, "seed": seed, "measures": {"m": value * (method == "a")}}
+        for seed, value in enumerate(differences)
+        for method in "ab"
+    ]
+    assert harness.verdict({"measure": "m", **direction}, cells)["verdict"] == expected
+
+
+def test_plans_are_whole():
+    plan = harness.read_plan("smoke")
+    methods = {m for d in plan.directions for m in (d.get("same") or (d["better"], d["than"]))}
+    assert methods <= set(plan.methods) and all("because" in d for d in plan.directions)
+    with pytest.raises(LuthierError, match="no study 'smok'.*smoke"):
+        harness.read_plan("smok")
