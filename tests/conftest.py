@@ -13,7 +13,6 @@ CORE = {
     "test_cli.py",
     "test_decoding.py",
     "test_fused_head.py",
-    "test_own_loop.py",
     "test_package.py",
     "test_packing.py",
     "test_records.py",

@@ -1,6 +1,6 @@
-"""Run by test_decoding.py: on a mesh, or on one of two processes, results are those of one device.
+"""Run by test_meshes.py on 8 simulated devices: on a mesh, answers are those of one device.
 
-Usage: mesh_decoding.py DATA FSDP TENSOR [PORT PROCESS]
+Usage: mesh_decoding.py DATA FSDP TENSOR
 """
 
 import dataclasses
@@ -8,10 +8,6 @@ import sys
 
 import jax
 import numpy as np
-
-if len(sys.argv) > 4:
-    jax.distributed.initialize(f"localhost:{sys.argv[4]}", 2, int(sys.argv[5]))
-
 import tiny_policy
 
 from luthier.decoding import Sampling, generate, score
@@ -21,7 +17,7 @@ from luthier.tuners import bind
 
 plain = tiny_policy.policy()
 config = plain.bound.model.config
-data, fsdp, tensor = map(int, sys.argv[1:4])
+data, fsdp, tensor = map(int, sys.argv[1:])
 sharder = make_sharder(
     make_mesh(data=data, fsdp=fsdp, tensor=tensor), num_heads=config.num_heads, num_kv_heads=config.num_kv_heads
 )
