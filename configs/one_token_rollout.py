@@ -1,7 +1,7 @@
 """One-token rollout (S159, arXiv 2509.26313) on the quickstart's task, and what it is to be compared with.
 
 `--config=configs/one_token_rollout.py` samples 256 proposals a position, `:exact` takes their expectation;
-`:sft` and `:dft` are the rivals. Everything but the objective is equal.
+`:sft`, `:dft`, `:asft` and `:masked_thought` are the rivals. Everything but the objective is equal.
 """
 
 import pathlib
@@ -14,6 +14,8 @@ OBJECTIVES = {
     "exact": c.spec("one_token_rollout", mode="exact", temperature=1.3, beta=-0.1),
     "sft": c.spec("sft"),
     "dft": c.spec("dft"),
+    "asft": c.spec("asft", kl_weight=0.1),
+    "masked_thought": c.spec("sft"),
 }
 
 
@@ -29,6 +31,7 @@ def get_config(objective: str = "mc"):
                 sequence_length=256,
                 tuners=(c.spec("lora", rank=16, alpha=32.0),),
                 objective=OBJECTIVES[objective],
+                transforms=(c.spec("masked_thought"),) if objective == "masked_thought" else (),
                 schedule=c.spec("cosine", peak=2e-3, warmup=0.05),
             ),
         ),

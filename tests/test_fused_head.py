@@ -38,6 +38,11 @@ def unembed(head, hidden):
     return 5.0 * jnp.tanh(hidden @ head["kernel"] / 5.0)
 
 
+def fused_with(token_fn):
+    """The first arguments of the fused head: a chunk function, its logits a token, no mesh."""
+    return lambda head, hidden, tok, keys: token_fn(unembed(head, hidden), tok, keys), VOCABULARY, Sharder()
+
+
 def plain_loss(head, hidden, targets):
     """−log softmax(logits)[target], all logits at once."""
     chosen = jnp.take_along_axis(jax.nn.log_softmax(unembed(head, hidden)), targets[..., None], axis=-1)
@@ -66,7 +71,7 @@ def test_weighted_sum_and_its_gradient(chunks):
     tok, token_ids, rng = arguments(targets)
 
     def fused(head, hidden):
-        total, outputs = weighted_sum(unembed, sft().token_fn, Sharder(), head, hidden, weights, tok, token_ids, rng)
+        total, outputs = weighted_sum(*fused_with(sft().token_fn), head, hidden, weights, tok, token_ids, rng)
         return 3.0 * total, outputs
 
     (total, outputs), got = jax.jit(jax.value_and_grad(fused, (0, 1), has_aux=True))(head, hidden)
@@ -90,7 +95,7 @@ def test_tokens_without_weight_cost_nothing(monkeypatch):
     tok, token_ids, rng = arguments(targets)
 
     def fused(head, hidden):
-        return weighted_sum(unembed, sft().token_fn, Sharder(), head, hidden, weights, tok, token_ids, rng)[0]
+        return weighted_sum(*fused_with(sft().token_fn), head, hidden, weights, tok, token_ids, rng)[0]
 
     plain = lambda head, hidden: jnp.sum(weights * plain_loss(head, hidden, targets))  # noqa: E731
     got = jax.jit(jax.value_and_grad(fused, (0, 1)))(head, broken)
@@ -103,7 +108,7 @@ def test_token_outputs_take_any_cotangent(chunks):
     reduce = lambda losses: jnp.sum(jnp.log(jnp.cosh(jnp.sum(weights * losses, axis=1))))  # noqa: E731
 
     def fused(head, hidden):
-        return reduce(token_outputs(unembed, sft().token_fn, Sharder(), head, hidden, *arguments(targets))["loss"])
+        return reduce(token_outputs(*fused_with(sft().token_fn), head, hidden, *arguments(targets))["loss"])
 
     got = jax.jit(jax.value_and_grad(fused, (0, 1)))(head, hidden)
     plain = lambda head, hidden: reduce(plain_loss(head, hidden, targets))  # noqa: E731
@@ -117,7 +122,7 @@ def test_sft_equals_torch_cross_entropy(options, chunks):
     (head, hidden, _), targets = arrays()
     logits = torch.tensor(np.asarray(unembed(head, hidden)))
     tok, token_ids, rng = arguments(targets)
-    got = token_outputs(unembed, sft(**options).token_fn, Sharder(), head, hidden, tok, token_ids, rng)["loss"]
+    got = token_outputs(*fused_with(sft(**options).token_fn), head, hidden, tok, token_ids, rng)["loss"]
     expected = torch.nn.functional.cross_entropy(
         logits.transpose(1, 2), torch.tensor(np.asarray(targets), dtype=torch.long), reduction="none", **options
     )
@@ -130,7 +135,7 @@ def test_token_keys_do_not_depend_on_chunks(monkeypatch):
     drawn = []
     for size in (1, 1 << 26):
         monkeypatch.setattr(fused_head, "CHUNK_BYTES", size)
-        drawn.append(token_outputs(unembed, draw, Sharder(), head, hidden, *arguments(targets))["loss"])
+        drawn.append(token_outputs(*fused_with(draw), head, hidden, *arguments(targets))["loss"])
     np.testing.assert_array_equal(*drawn)
     assert len(np.unique(drawn[0])) == BATCH * TIME
 

@@ -132,7 +132,7 @@ def test_peft_directory_is_read_as_it_is_and_comes_back(name, tmp_path):
     np.testing.assert_array_equal(
         c.logits({"params": c.variables["params"], "lora": adapter.variables}, read), c.logits(c.variables)
     )
-    weights.write_adapter(tmp_path / "again", adapter.options, adapter.variables, base="families/llama_gqa_tied")
+    weights.write_adapter(tmp_path / "again", adapter, base="families/llama_gqa_tied")
     again = weights.read_adapter(tmp_path / "again", c.bound.model.config)
     assert again.options == adapter.options
     jax.tree.map(np.testing.assert_array_equal, again.variables, adapter.variables)
@@ -145,7 +145,7 @@ def test_our_adapter_directory_loads_in_peft(name, tmp_path):
     transformers = pytest.importorskip("transformers")
     c, base = case(name), hf_layout.GOLDENS / "families" / "llama_gqa_tied"
     options = {"rank": 4, "alpha": 8.0, "rslora": name == "rslora"}
-    weights.write_adapter(tmp_path / "ours", options, c.variables["lora"], base=str(base))
+    weights.write_adapter(tmp_path / "ours", weights.Adapter("lora", options, c.variables["lora"]), base=str(base))
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
     model = peft.PeftModel.from_pretrained(model, tmp_path / "ours").eval()
     with torch.no_grad():

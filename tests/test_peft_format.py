@@ -64,9 +64,7 @@ def test_peft_logits(name, tmp_path):
 def test_round_trip_is_bit_exact(name, tmp_path):
     config, _ = hf_layout.load(BASE)
     first = weights.read_adapter(GOLDENS / name, config)
-    weights.write_adapter(
-        tmp_path / "out", first.options, first.variables, base="somewhere/base", tokenizer=word_tokenizer()
-    )
+    weights.write_adapter(tmp_path / "out", first, base="somewhere/base", tokenizer=word_tokenizer())
     again = weights.read_adapter(tmp_path / "out", config)
     assert again.options == first.options
     equal(first.variables, again.variables)
@@ -83,13 +81,13 @@ def test_round_trip_is_bit_exact(name, tmp_path):
 def test_options_are_those_of_lora():
     options = weights.read_adapter(GOLDENS / "rslora").options
     sites = ("layers/attention/q", "layers/attention/v", "layers/mlp/down")
-    assert options == {"rank": 4, "alpha": 8.0, "rslora": True, "patterns": sites}
+    assert options == {"rank": 4, "alpha": 8.0, "rslora": True, "dora": False, "patterns": sites}
 
 
 def test_device_arrays_and_half_precision_are_written(tmp_path):
     first = weights.read_adapter(GOLDENS / "rslora")
     half = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), first.variables)
-    weights.write_adapter(tmp_path, {**first.options, "alpha": 2.5}, half, base="x")
+    weights.write_adapter(tmp_path, weights.Adapter("lora", {**first.options, "alpha": 2.5}, half), base="x")
     again = weights.read_adapter(tmp_path)
     assert again.options["alpha"] == 2.5
     equal(jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16), first.variables), again.variables)
@@ -102,9 +100,7 @@ def test_a_workdir_with_an_adapter(tmp_path):
     (tmp_path / "run" / "manifest.json").write_text("{}")
     words = word_tokenizer(("<s>", "</s>", "<unk>", "new"))
     first = weights.read_adapter(adapter)
-    weights.write_adapter(
-        tmp_path / "run" / "final", first.options, first.variables, base="../../base", tokenizer=words
-    )
+    weights.write_adapter(tmp_path / "run" / "final", first, base="../../base", tokenizer=words)
     loaded = weights.load(tmp_path / "run")
     assert loaded.tokenizer.fingerprint == words.fingerprint
     equal(hf_layout.load(BASE, ml_dtypes.bfloat16)[1], loaded.params)
@@ -131,9 +127,12 @@ def _without(part: str):
 
 
 MISTAKES = {
-    "another method": (_edit(peft_type="IA3"), "peft_type 'IA3' is not supported"),
+    "another method": (_edit(peft_type="OFT"), "peft_type 'OFT' is not supported"),
     "another task": (_edit(task_type="SEQ_CLS"), "task_type 'SEQ_CLS'"),
-    "DoRA": (_edit(use_dora=True), "use_dora True is not supported.*Merge it into its base"),
+    "DoRA": (_edit(use_dora=True), "has no lora_magnitude_vector, but use_dora is True"),
+    "half of DoRA": (
+        _with("base_model.model.model.layers.0.mlp.up_proj.lora_magnitude_vector"), "up_proj .* 1 layers? of 3"
+    ),
     "ranks by module": (_edit(rank_pattern={"q_proj": 8}), "rank_pattern"),
     "scales by module": (_edit(alpha_pattern={"q_proj": 8}), "alpha_pattern"),
     "biases": (_edit(bias="all"), "bias 'all'"),
@@ -173,9 +172,8 @@ def test_mistakes_are_named(case, tmp_path):
 
 def test_sites_without_a_peft_name(tmp_path):
     with pytest.raises(LuthierError, match="'layers/inner' has no PEFT name"):
-        weights.write_adapter(
-            tmp_path / "x", {"rank": 1, "alpha": 1}, {"layers": {"inner": {"a": np.ones((1, 1, 1))}}}, base="x"
-        )
+        odd = {"layers": {"inner": {"a": np.ones((1, 1, 1))}}}
+        weights.write_adapter(tmp_path / "x", weights.Adapter("lora", {"rank": 1, "alpha": 1}, odd), base="x")
     assert not (tmp_path / "x").exists()
 
 
@@ -188,7 +186,7 @@ def test_peft_loads_what_we_write(name, tmp_path):
     torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")
     first = weights.read_adapter(GOLDENS / name)
-    weights.write_adapter(tmp_path / "out", first.options, first.variables, base=str(BASE))
+    weights.write_adapter(tmp_path / "out", first, base=str(BASE))
     base = transformers.AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32, attn_implementation="eager")
     model = peft.PeftModel.from_pretrained(base, tmp_path / "out").eval()
     expected = np.load(GOLDENS / name / "expected.npz")

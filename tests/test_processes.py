@@ -175,7 +175,7 @@ def adapter(tmp_path_factory):
     low = jax.tree.map(lambda x: rng.normal(scale=0.1, size=x.shape).astype("float32"), shapes)
     weights.export(folder / "base", policy.bound.model.config, policy.variables["params"], policy.tokenizer)
     options = {"rank": 2, "alpha": 4.0, "rslora": False}
-    weights.write_adapter(folder / "adapter", options, low, base=str(folder / "base"))
+    weights.write_adapter(folder / "adapter", weights.Adapter("lora", options, low), base=str(folder / "base"))
     return folder / "adapter"
 
 

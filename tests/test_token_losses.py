@@ -1,18 +1,27 @@
 """Token losses against closed forms: exact expectations, limits, and the noise that sampling must have."""
 
+import functools
 import math
 
+import hf_layout
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_run
 import tiny_training
 
+import luthier
+from luthier import config as configs
+from luthier.data.masked_thought import masked_thought
 from luthier.errors import LuthierError
 from luthier.objectives import TokenLoss, token_objective
+from luthier.objectives.asft import asft
 from luthier.objectives.dft import dft
+from luthier.objectives.distillation import distillation
 from luthier.objectives.one_token_rollout import one_token_rollout, sample
 from luthier.objectives.sft import sft
+from luthier.training.step import make_gradients
 
 TOKENS, VOCABULARY = 400, 7
 
@@ -27,9 +36,10 @@ def keys(seed, tokens=TOKENS):
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(tokens))
 
 
-def gradient(loss: TokenLoss, logits, targets, seed=0):
+def gradient(loss: TokenLoss, logits, targets, seed=0, **tok):
     """Of each token's loss in its own logits, `[n, V]`."""
-    run = lambda logits: jnp.sum(loss.token_fn(logits, {"targets": targets}, keys(seed, len(targets)))["loss"])  # noqa: E731
+    tok = {"targets": targets, **tok}
+    run = lambda logits: jnp.sum(loss.token_fn(logits, tok, keys(seed, len(targets)))["loss"])  # noqa: E731
     return np.asarray(jax.jit(jax.grad(run))(logits))
 
 
@@ -87,6 +97,129 @@ def test_dft_is_sft_weighted_by_probability():
     np.testing.assert_allclose(gradient(dft(), logits, targets), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("base", ["dft", "sft"])
+def test_asft_adds_the_divergence_from_the_start(base):
+    """∂ KL(p ‖ softmax z) / ∂z = softmax z − p; λ = 0 is the base."""
+    (logits, targets), (start, _) = logits_and_targets(3), logits_and_targets(4)
+    of_base = gradient(dft() if base == "dft" else sft(), logits, targets)
+    for weight in (0.0, 0.7):
+        expected = of_base + weight * (jax.nn.softmax(logits) - jax.nn.softmax(start))
+        got = gradient(asft(kl_weight=weight, base=base), logits, targets, reference=start)
+        np.testing.assert_allclose(got, expected, atol=1e-6)
+    values = asft(kl_weight=0.7).token_fn(logits, {"targets": targets, "reference": start}, None)
+    p, q = (np.asarray(jax.nn.softmax(z), np.float64) for z in (start, logits))
+    np.testing.assert_allclose(values["kl_start"], np.sum(p * np.log(p / q), axis=-1), atol=1e-5)
+
+
+def test_distillation_equals_trl():
+    golden = np.load(hf_layout.GOLDENS / "trl_losses.npz")
+    student, teacher = golden["student"], golden["teacher"]
+    targets = jnp.zeros(len(student), jnp.int32)
+    names = [key.removesuffix("/loss") for key in golden if key.endswith("/loss")]
+    assert len(names) == 4
+    for name in names:
+        beta, temperature = map(float, name.split("/")[1:])
+        loss = distillation(teacher="any", beta=beta, temperature=temperature)
+        values = loss.token_fn(student, {"targets": targets, "reference": teacher}, None)
+        np.testing.assert_allclose(values["loss"], golden[f"{name}/loss"], atol=1e-6)
+        wider = np.pad(teacher, ((0, 0), (0, 3)), constant_values=-1e4)  # rows that only the teacher has
+        got = gradient(loss, jnp.asarray(student), targets, reference=wider)
+        np.testing.assert_allclose(got, golden[f"{name}/gradient"], atol=1e-6)
+
+
+def sft_batch():
+    """Packed rows of token ids with weights of several sizes."""
+    golden = np.load(hf_layout.GOLDENS / "trl_sft.npz")
+    batch = tiny_training.unpacked(golden["completion_1/input_ids"][0], golden["completion_1/labels"][0] != -100)
+    token_ids = np.arange(batch["tokens"].size, dtype=np.int32).reshape(batch["tokens"].shape)
+    return jax.tree.map(jnp.asarray, {**batch, "token_ids": token_ids})
+
+
+@pytest.mark.parametrize("apart", [True, False], ids=["weights of its own", "the policy's weights"])
+def test_the_reference_makes_its_logits_in_the_fused_head(apart):
+    """Sum and gradient equal those from whole logits of two models; the reference gets no gradient."""
+    bound, params = tiny_training.bound_model("llama_gqa_tied")
+    reference, other = bound, jax.tree.map(lambda x: x * 1.1, params)
+    batch, loss = sft_batch(), asft(kl_weight=0.5)
+    objective = token_objective(loss, tiny_training.SHARDER, reference=reference)
+
+    def fused(params):
+        variables = {"params": params, **({"reference": {"params": other}} if apart else {})}
+        return objective.sums(bound, variables, batch, jax.random.key(0))[0]
+
+    def whole(params):
+        logits = lambda params: bound.unembed({"params": params}, bound.hidden({"params": params}, batch)[0])  # noqa: E731
+        theirs = jax.lax.stop_gradient(logits(other if apart else params))
+        rows = lambda x: x.reshape(-1, x.shape[-1])  # noqa: E731
+        tok = {"targets": batch["targets"].reshape(-1), "reference": rows(theirs)}
+        values = loss.token_fn(rows(logits(params)), tok, None)["loss"]
+        return jnp.sum(jnp.where(batch["loss_weights"].reshape(-1) != 0, values, 0))
+
+    got, expected = (jax.jit(jax.value_and_grad(f))(params) for f in (fused, whole))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, expected)
+
+
+STAGE = 'c.stage(name="{name}", data=DATA, steps=2, batch_size=4, sequence_length=64, {more})'
+
+
+def test_recipes_with_a_reference(tmp_path, monkeypatch):
+    """KL to the start is 0 before the first update and not after it, whatever is trained; the second stage starts
+    where the first ended; a teacher of the model's own weights is where the student starts."""
+    monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "cache"))
+    high = 'schedule=c.spec("constant", peak=0.01, warmup=0.0)'
+    stages = [
+        STAGE.format(name="full", more=f'objective=c.spec("asft"), {high}'),
+        STAGE.format(name="lora", more=f'objective=c.spec("asft"), tuners=(c.spec("lora", rank=2),), {high}'),
+    ]
+    file = tiny_run.write_run(tmp_path, ", ".join(stages))
+    luthier.train(configs.load(str(file)), tmp_path / "asft")
+    divergences = [record["kl_start"] for record in tiny_run.metrics(tmp_path / "asft")]
+    assert divergences[0] == pytest.approx(0, abs=1e-6) and divergences[2] == pytest.approx(0, abs=1e-6)
+    assert divergences[1] > 1e-4 and divergences[3] > 1e-4
+
+    taught = STAGE.format(name="taught", more=f'objective=c.spec("distillation", teacher="{tmp_path}/model"), {high}')
+    (tmp_path / "other").mkdir()
+    file = tiny_run.write_run(tmp_path / "other", taught, hidden_size=48)
+    recipe = configs.load(str(file))
+    luthier.train(recipe, tmp_path / "distillation")
+    assert all(record["divergence"] > 0 for record in tiny_run.metrics(tmp_path / "distillation"))
+    absent = [f"stages[0].objective.teacher={tmp_path}/absent"]
+    with pytest.raises(LuthierError, match="no such model"):
+        luthier.train(configs.load(str(file), absent), tmp_path / "absent")
+
+
+def test_masked_thought_hides_answers():
+    batch = {**sft_batch(), "tokens": jnp.full_like(sft_batch()["tokens"], 7)}
+    is_target_input = np.pad(np.asarray(batch["loss_weights"]) != 0, ((0, 0), (1, 0)))[:, :-1]
+    masked = lambda step, **options: masked_thought(10, 500, **options)(batch, jax.random.key(1), jnp.int32(step))  # noqa: E731
+    whole = masked(10, rate=1.0, mask_token=3)
+    np.testing.assert_array_equal(whole["tokens"] == 3, is_target_input)
+    np.testing.assert_array_equal(whole["targets"], batch["targets"])
+    np.testing.assert_array_equal(masked(10, rate=0.0)["tokens"], batch["tokens"])
+    np.testing.assert_array_equal(masked(0)["tokens"], batch["tokens"])
+    changed = np.asarray(masked(10, rate=1.0)["tokens"])[is_target_input]
+    assert len(np.unique(changed)) > 0.7 * changed.size and changed.max() < 500
+    wide = {"tokens": jnp.zeros((4, 5000), jnp.int32), "loss_weights": jnp.ones((4, 5000))}
+    wide["token_ids"] = jnp.arange(20000).reshape(4, 5000)
+    for step, share in [(2, 0.4 * 2 / 6.6), (6, 0.4 * 6 / 6.6), (9, 0.4)]:
+        hidden = masked_thought(10, 500, mask_token=1)(wide, jax.random.key(step), jnp.int32(step))["tokens"]
+        assert float(hidden.mean()) == pytest.approx(share, abs=4 * math.sqrt(share / 20000))
+
+
+def test_masked_thought_is_the_same_in_micro_batches():
+    bound, params = tiny_training.bound_model("llama_mha")
+    batch = {key: x for key, x in sft_batch().items() if key != "token_ids"}
+    transform = masked_thought(1, 128, rate=0.5, warmup=0.0)
+    losses = [
+        jax.jit(make_gradients(bound, tiny_training.sft_objective(), micro_batches=parts, transforms=used))(
+            {"params": params}, {}, batch, jnp.int32(0)
+        )[0]
+        for parts, used in [(1, [transform]), (4, [transform]), (1, [])]
+    ]
+    assert float(losses[0]) == pytest.approx(float(losses[1]), abs=1e-6)
+    assert abs(float(losses[0]) - float(losses[2])) > 1e-3
+
+
 @pytest.mark.parametrize("vocabulary", [2, 1003])
 def test_proposals_have_the_policys_frequencies(vocabulary):
     """Pearson's χ² of 200,000 draws; what has no probability is never drawn."""
@@ -138,10 +271,21 @@ def test_the_mean_over_sequences():
         assert float(total / objective.count(batch)) == pytest.approx(mean)
 
 
-@pytest.mark.parametrize("options", [{"mode": "sampled"}, {"k": 0}, {"temperature": 0.0}])
-def test_bad_options(options):
-    with pytest.raises(LuthierError, match=next(iter(options))):
-        one_token_rollout(**options)
+@pytest.mark.parametrize(
+    "loss, option",
+    [
+        (one_token_rollout, {"mode": "sampled"}),
+        (one_token_rollout, {"k": 0}),
+        (one_token_rollout, {"temperature": 0.0}),
+        (asft, {"base": "nll"}),
+        (functools.partial(distillation, teacher="x"), {"beta": 1.5}),
+        (functools.partial(masked_thought, 10, 100), {"rate": 2.0}),
+        (functools.partial(masked_thought, 10, 100), {"mask_token": 100}),
+    ],
+)
+def test_bad_options(loss, option):
+    with pytest.raises(LuthierError, match=next(iter(option))):
+        loss(**option)
 
 
 def test_an_unknown_norm():

@@ -6,14 +6,19 @@ import optax
 import pytest
 import tiny_training
 
+from luthier.objectives.dft import dft
+from luthier.objectives.sft import sft
 from luthier.optim import optimizers, schedules
 
 GOLDEN = hf_layout.GOLDENS / "trl_sft.npz"
-CLIP = {"completion": 1.0, "all": 0.0}  # TRL's 1e9 never acts
+CLIP = {"completion": 1.0, "all": 0.0, "dft": 1.0}  # TRL's 1e9 never acts
 
 
-@pytest.mark.parametrize("target", ["completion", "all"])
-@pytest.mark.parametrize("theirs, ours", [(1, 1), (4, 4), (1, 4), (4, 2)])
+@pytest.mark.parametrize(
+    "target, theirs, ours",
+    [(target, *parts) for target in ("completion", "all") for parts in [(1, 1), (4, 4), (1, 4), (4, 2)]]
+    + [("dft", 1, 1), ("dft", 4, 2)],
+)
 def test_four_steps_equal_trl(target, theirs, ours):
     golden = np.load(GOLDEN)
     expected = {key.partition("/")[2]: golden[key] for key in golden if key.startswith(f"{target}_{theirs}/")}
@@ -22,7 +27,13 @@ def test_four_steps_equal_trl(target, theirs, ours):
     optimizer = optimizers.adamw(rate, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.1)
     bound, params = tiny_training.bound_model("llama_mha")
     state, _, log = tiny_training.train(
-        bound, {"params": params}, optimizer, batches, micro_batches=ours, clip_norm=CLIP[target]
+        bound,
+        {"params": params},
+        optimizer,
+        batches,
+        loss=dft() if target == "dft" else sft(),
+        micro_batches=ours,
+        clip_norm=CLIP[target],
     )
     losses = [float(metrics["loss"]) for metrics in log]
     np.testing.assert_allclose(losses, expected["losses"], rtol=0, atol=1e-5)

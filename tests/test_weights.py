@@ -398,7 +398,8 @@ for shard in (30_000, 5e9):
 names = sorted(path.name for path in weights.source.epath.Path("gs://weights/run/final").iterdir())
 assert names == ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"], names
 low = {"layers": {"attention": {"q": {"a": np.ones((3, 48, 2), "f"), "b": np.ones((3, 2, 64), "f")}}}}
-weights.write_adapter("gs://weights/adapter", {"rank": 2, "alpha": 2}, low, base="gs://weights/run")
+low_rank = weights.Adapter("lora", {"rank": 2, "alpha": 2}, low)
+weights.write_adapter("gs://weights/adapter", low_rank, base="gs://weights/run")
 equal(low, weights.load("gs://weights/adapter").adapters[0].variables)
 weights.source.epath.Path("gs://weights/x.gguf").write_bytes(open(GGUF, "rb").read())
 equal(weights.load(GGUF).params, weights.load("gs://weights/x.gguf").params)

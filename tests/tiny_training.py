@@ -42,11 +42,11 @@ def unpacked(input_ids: np.ndarray, is_label: np.ndarray) -> dict[str, np.ndarra
     }
 
 
-def train(bound, variables, optimizer, batches, *, train=("params",), **options):
+def train(bound, variables, optimizer, batches, *, train=("params",), loss=None, **options):
     """(final state, frozen, metrics of each step) after one step a batch."""
     trainable, frozen = split(variables, train)
     state = init_state(jax.tree.map(jnp.copy, trainable), optimizer, SHARDER)
-    step = jit_step(make_step(bound, sft_objective(), optimizer, **options))
+    step = jit_step(make_step(bound, token_objective(loss or sft(), SHARDER), optimizer, **options))
     log = []
     for batch in batches:
         state, metrics = step(state, frozen, batch)

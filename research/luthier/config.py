@@ -145,6 +145,7 @@ def data(
     truncation: str = "error",
     rate: float = 1.0,
     limit: int | None = None,
+    prompt: int = 0,
 ) -> ConfigDict:
     """One source of examples.
 
@@ -158,6 +159,7 @@ def data(
         `keep_start` or `keep_end`; counted in any case.
       rate: share of this source in a mixture, relative to the others.
       limit: use only the first so many records.
+      prompt: which soft prompt the examples carry, where the stage has a tuner with several.
     """
     return _locked({**locals(), "columns": dict(columns or {}), "roles": dict(roles or {})})
 
@@ -171,6 +173,7 @@ def stage(
     sequence_length: int = 512,
     packing: str = "best_fit",
     micro_batches: int = 1,
+    transforms: tuple = (),
     tuners: tuple = (),
     train: tuple = (),
     objective: ConfigDict | None = None,
@@ -190,6 +193,7 @@ def stage(
       sequence_length: tokens in a row.
       packing: `best_fit` (several examples a row, never seeing one another) or `none`.
       micro_batches: the batch is run in so many equal parts; the update is the same.
+      transforms: specs of what is done to each batch before the loss, such as `masked_thought`.
       tuners: specs of tuners attached to the model.
       train: collections to train; empty means the tuners' own, or `params` without tuners.
       clip_norm: largest global gradient norm; 0 switches clipping off.

@@ -7,7 +7,7 @@ jax. `spec(name)` in `luthier.config` reads a method's options from the signatur
 import dataclasses
 from typing import Literal
 
-Place = Literal["data", "tuner", "objective", "optimizer", "schedule", "evaluation"]
+Place = Literal["transform", "tuner", "objective", "optimizer", "schedule", "evaluation"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +54,34 @@ METHODS: tuple[Method, ...] = (
         config="configs/one_token_rollout.py",
     ),
     Method(
+        "asft",
+        "objective",
+        "luthier.objectives.asft:asft",
+        "Anchored SFT: the loss of DFT and a divergence from the model that the stage began with.",
+        id="S169",
+        paper="Anchored Supervised Fine-Tuning",
+        oracle="tests/test_token_losses.py",
+        config="configs/one_token_rollout.py",
+    ),
+    Method(
+        "distillation",
+        "objective",
+        "luthier.objectives.distillation:distillation",
+        "Generalised Jensen-Shannon divergence from a teacher's distribution, both KL directions as limits.",
+        paper="On-Policy Distillation of Language Models (GKD, arXiv 2306.13649)",
+        oracle="tests/test_token_losses.py",
+    ),
+    Method(
+        "masked_thought",
+        "transform",
+        "luthier.data.masked_thought:masked_thought",
+        "Masked thought: a share of the answer's tokens is replaced where the model reads them.",
+        id="S174",
+        paper="Masked Thought",
+        oracle="tests/test_token_losses.py",
+        config="configs/one_token_rollout.py",
+    ),
+    Method(
         "one_token_rollout",
         "objective",
         "luthier.objectives.one_token_rollout:one_token_rollout",
@@ -67,10 +95,55 @@ METHODS: tuple[Method, ...] = (
         "lora",
         "tuner",
         "luthier.tuners.lora:lora",
-        "Low-rank updates of linear maps, with rank-stabilised scaling as an option.",
-        paper="LoRA (arXiv 2106.09685); rsLoRA (arXiv 2312.03732)",
+        "Low-rank updates of linear maps; rank-stabilised scaling, DoRA and PiSSA as options.",
+        paper="LoRA (arXiv 2106.09685); rsLoRA (arXiv 2312.03732); DoRA (arXiv 2402.09353); PiSSA (arXiv 2404.02948)",
         oracle="tests/test_lora.py",
         config="configs/quickstart.py",
+    ),
+    Method(
+        "ia3",
+        "tuner",
+        "luthier.tuners.ia3:ia3",
+        "(IA)³: learned vectors rescale keys, values and the MLP's inner activation.",
+        id="S103",
+        paper="Few-Shot PEFT is Better and Cheaper than In-Context Learning (arXiv 2205.05638)",
+        oracle="tests/test_tuners.py",
+    ),
+    Method(
+        "adapter",
+        "tuner",
+        "luthier.tuners.adapter:adapter",
+        "Bottleneck adapters behind attention and MLP (Houlsby, Pfeiffer) or beside them, scaled; MAM with a prefix.",
+        id="S118",
+        paper="Towards a Unified View of Parameter-Efficient Transfer Learning (arXiv 2110.04366)",
+        oracle="tests/test_tuners.py",
+    ),
+    Method(
+        "prefix",
+        "tuner",
+        "luthier.tuners.prefix:prefix",
+        "Prefix tuning: learned keys and values in every layer; without its MLP, P-tuning v2 (S143).",
+        id="S145",
+        paper="Prefix-Tuning (arXiv 2101.00190); P-Tuning v2 (arXiv 2110.07602)",
+        oracle="tests/test_tuners.py",
+    ),
+    Method(
+        "lofit",
+        "tuner",
+        "luthier.tuners.lofit:lofit",
+        "LoFiT: the outputs of chosen attention heads, scaled and shifted.",
+        id="S110",
+        paper="LoFiT: Localized Fine-tuning on LLM Representations (arXiv 2406.01563)",
+        oracle="tests/test_tuners.py",
+    ),
+    Method(
+        "prompt_tuning",
+        "tuner",
+        "luthier.tuners.prompt_tuning:prompt_tuning",
+        "Prompt tuning: learned vectors in front of the embedded input, one set a task.",
+        id="S148",
+        paper="The Power of Scale for Parameter-Efficient Prompt Tuning (arXiv 2104.08691)",
+        oracle="tests/test_prompt_tuning.py",
     ),
     *(
         Method(name, "optimizer", f"luthier.optim.optimizers:{name}", summary)

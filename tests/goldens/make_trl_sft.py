@@ -5,7 +5,8 @@ Run with the extra `parity`, after make_families.py:  python tests/goldens/make_
 float32 on the CPU, eager attention, no dropout, packing off, sequential order; AdamW (betas 0.9, 0.999,
 eps 1e-8, decay 0.1 on everything but norms and biases), learning rate 2e-3 falling linearly to 0 over
 the four steps, gradient norm clipped at `CLIP`. Eight examples of unequal lengths a step, as one batch of 8 or
-as 4 micro-batches of 2, with the loss on the completion or on every token.
+as 4 micro-batches of 2, with the loss on the completion or on every token; `dft` is TRL's `loss_type="dft"` on the
+completion.
 
 Losses and gradient norms are taken inside the trainer in full precision (its log rounds them).
 Of each final weight the file keeps every n-th number (`slice/…`, at most 64) and the L2 norm (`norm/…`).
@@ -25,7 +26,7 @@ HERE = pathlib.Path(__file__).parent
 START = HERE / "families" / "llama_mha"
 STEPS, BATCH, VOCAB = 4, 8, 128
 LEARNING_RATE, DECAY, EPS = 2e-3, 0.1, 1e-8
-CLIP = {"completion": 1.0, "all": 1e9}  # acts on the first, not on the second
+CLIP = {"completion": 1.0, "all": 1e9, "dft": 1.0}  # acts on the first, not on the second
 
 
 def examples(seed: int = 7) -> Dataset:
@@ -84,7 +85,8 @@ def run(target: str, micro_batches: int) -> dict[str, np.ndarray]:
             train_sampling_strategy="sequential",
             packing=False,
             max_length=None,
-            completion_only_loss=target == "completion",
+            completion_only_loss=target != "all",
+            loss_type="dft" if target == "dft" else "nll",
             optim="adamw_torch",
             learning_rate=LEARNING_RATE,
             lr_scheduler_type="linear",
@@ -125,7 +127,7 @@ def run(target: str, micro_batches: int) -> dict[str, np.ndarray]:
 if __name__ == "__main__":
     lengths = [len(row) for row in examples()["input_ids"]]
     saved = {"lengths": np.array(lengths).reshape(STEPS, BATCH)}
-    for target in ("completion", "all"):
+    for target in CLIP:
         for micro_batches in (1, 4):
             arrays = run(target, micro_batches)
             saved |= {f"{target}_{micro_batches}/{key}": value for key, value in arrays.items()}

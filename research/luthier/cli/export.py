@@ -37,8 +37,13 @@ def run(args: argparse.Namespace) -> int:
         *below, adapter = adapters
         if below:
             raise LuthierError("several adapters lie over one another", where=args.model, mend="Give --merge")
-        options, variables = weights.read_adapter(adapter, about.config)
-        weights.write_adapter(args.output, options, variables, base=base_of(adapter), tokenizer=about.tokenizer)
+        weights.write_adapter(
+            args.output,
+            weights.read_adapter(adapter, about.config),
+            base=base_of(adapter),
+            config=about.config,
+            tokenizer=about.tokenizer,
+        )
     else:
         policy = from_source(args.model)
         weights.export(

@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _conclude(workdir) -> None:
     from luthier.cli.common import is_first_process
-    from luthier.reporting import evaluation_table, read_run, show, write_report
+    from luthier.reporting import compare, evaluation_table, read_run, retention_table, show, write_report
     from luthier.reporting.workdir import weights_note
 
     if not is_first_process():
@@ -54,6 +54,8 @@ def _conclude(workdir) -> None:
     run = read_run(workdir)
     if run.evaluations:
         show(evaluation_table(run.evaluations, weights_note(run)))
+    if kept := compare.retained(run.evaluations):
+        show(retention_table(kept))
     print(f"model   {run.path / 'final'}")
     print(f"report  {path}")
 

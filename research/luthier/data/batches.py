@@ -45,6 +45,7 @@ class Part:
     Attributes:
       starts, lengths: of the examples that are kept, in the tokens of `tokens`.
       rate: share of the examples of an epoch, relative to the other parts.
+      prompt: number of the soft prompt that its examples carry.
       counts: what became of the records.
     """
 
@@ -53,6 +54,7 @@ class Part:
     starts: np.ndarray
     lengths: np.ndarray
     rate: float
+    prompt: int
     counts: Mapping[str, int]
 
 
@@ -70,12 +72,20 @@ class Batches:
     """
 
     def __init__(
-        self, parts: tuple[Part, ...], tokenizer, *, sequence_length: int, batch_size: int, seed: int, packing: str
+        self,
+        parts: tuple[Part, ...],
+        tokenizer,
+        *,
+        sequence_length: int,
+        batch_size: int,
+        seed: int,
+        packing: str,
+        prompt_length: int = 0,
     ):
         self.parts, self.sequence_length, self.batch_size = parts, sequence_length, batch_size
-        self._tokenizer, self._seed, self._packing = tokenizer, seed, packing
+        self._tokenizer, self._seed, self._packing, self._prompt_length = tokenizer, seed, packing, prompt_length
         self._pad = tokenizer.pad_id if tokenizer.pad_id is not None else 0
-        self._lengths = _joined([part.lengths for part in parts])
+        self._lengths = _joined([part.lengths for part in parts]) + np.int32(prompt_length)
         self._starts = _joined([part.starts for part in parts])
         self._bases = np.concatenate([[0], np.cumsum([len(part.lengths) for part in parts])])
         self._shares = _shares([part.rate for part in parts], int(self._bases[-1]))
@@ -87,8 +97,10 @@ class Batches:
             counts.update(part.counts)
         filled = int(self._lengths[self._plan(0).examples].sum())
         self.counts = {**counts, "packing_efficiency": filled / (self.rows_per_epoch * sequence_length)}
-        shape = [sequence_length, batch_size, seed, packing]
-        used = [[p.tokens.key, p.rate, _digest(p.starts, p.lengths)] for p in parts]
+        shape = [sequence_length, batch_size, seed, packing, *([prompt_length] if prompt_length else [])]
+        used = [
+            [p.tokens.key, p.rate, _digest(p.starts, p.lengths), *([p.prompt] * bool(prompt_length))] for p in parts
+        ]
         self.fingerprint = hashlib.blake2b(json.dumps([shape, used]).encode(), digest_size=16).hexdigest()
 
     def rows(self, step: int, start: int = 0, stop: int | None = None) -> dict[str, np.ndarray]:
@@ -98,7 +110,9 @@ class Batches:
           Arrays [stop - start, sequence_length]: `tokens` and `targets` (the token after each)
           int32; `loss_weights` float32, at the position that predicts the target; `segment_ids`
           int32, 1, 2, … for the examples of a row and 0 for padding; `positions` int32, from 0 in
-          each example. The last token of an example predicts nothing.
+          each example. The last token of an example predicts nothing. With soft prompts each example
+          begins with their placeholders, and `prompt_slots` int32 tells which vector belongs there, -1
+          elsewhere.
         """
         stop = self.batch_size if stop is None else stop
         if not 0 <= start <= stop <= self.batch_size or step < 0:
@@ -112,7 +126,9 @@ class Batches:
         row_starts = np.concatenate([[0], ends])[np.cumsum(counts) - counts]  # tokens before each row
         within = np.arange(int(lengths.sum())) - np.repeat(ends - lengths, lengths)
         flat = np.repeat(row * self.sequence_length + ends - lengths - row_starts[row], lengths) + within
-        ids, weights = self._gather(examples, lengths)
+        is_slot = within < self._prompt_length
+        ids, weights = np.full(len(within), self._pad, np.int32), np.zeros(len(within), np.float32)
+        ids[~is_slot], weights[~is_slot] = self._gather(examples, lengths - self._prompt_length)
         last = within == np.repeat(lengths, lengths) - 1
         shape = (stop - start, self.sequence_length)
         segments = np.arange(len(examples)) - np.repeat(np.cumsum(counts) - counts, counts) + 1
@@ -122,13 +138,18 @@ class Batches:
             array[flat] = values
             return array.reshape(shape)
 
-        return {
+        fields = {
             "tokens": placed(ids, self._pad, np.int32),
             "targets": placed(np.where(last, self._pad, np.roll(ids, -1)), self._pad, np.int32),
             "loss_weights": placed(np.where(last, 0.0, np.roll(weights, -1)), 0.0, np.float32),
             "segment_ids": placed(np.repeat(segments, lengths), 0, np.int32),
             "positions": placed(within, 0, np.int32),
         }
+        if self._prompt_length:
+            prompts = np.asarray([part.prompt for part in self.parts])[self._part_of(examples)]
+            slots = np.repeat(prompts * self._prompt_length, lengths) + within
+            fields["prompt_slots"] = placed(np.where(is_slot, slots, -1), -1, np.int32)
+        return fields
 
     def epoch(self, step: int) -> float:
         """Epochs done after `step` batches."""
@@ -157,13 +178,16 @@ class Batches:
     def _gather(self, examples: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Ids and weights of some examples, one after the other."""
         ids, weights = np.empty(int(lengths.sum()), np.int32), np.empty(int(lengths.sum()), np.float32)
-        part_of = np.searchsorted(self._bases, examples, side="right") - 1
+        part_of = self._part_of(examples)
         for index in np.unique(part_of):
             here = part_of == index
             mine = np.repeat(here, lengths)
             for name, values in (("ids", ids), ("weights", weights)):
                 values[mine] = self.parts[index].tokens.read(name, self._starts[examples[here]], lengths[here])
         return ids, weights
+
+    def _part_of(self, examples: np.ndarray) -> np.ndarray:
+        return np.searchsorted(self._bases, examples, side="right") - 1
 
     def _row(self, index: int) -> np.ndarray:
         """The examples of row `index` of the whole run."""
@@ -219,6 +243,7 @@ def build(
     batch_size: int,
     seed: int,
     packing: str = "best_fit",
+    prompt_length: int = 0,
     cache_dir: str | os.PathLike | None = None,
 ) -> Batches:
     """Reads, tokenises (or finds tokenised) and plans the data of a stage.
@@ -231,6 +256,7 @@ def build(
       batch_size: rows in a batch, over all processes.
       seed: fixes order and packing.
       packing: `best_fit` or `none`.
+      prompt_length: placeholders for a soft prompt in front of each example.
       cache_dir: folder of the token caches, local or `gs://`.
     """
     if template is None:
@@ -239,12 +265,26 @@ def build(
     name = template.name if isinstance(template, ChatTemplate) else "chat template"
     fixed = ChatTemplate(source, tokenizer.special_tokens, name=name, now=_FIXED_TIME) if source else None
     sections = data if isinstance(data, (tuple, list)) else (data,)
+    if prompt_length >= sequence_length:
+        raise LuthierError(
+            f"a soft prompt of {prompt_length} leaves no room in {sequence_length} tokens",
+            where="stage.sequence_length",
+            mend=f"Raise it well above {prompt_length}",
+        )
     parts = tuple(
-        _part(section, source, rate, tokenizer, fixed, sequence_length, cache_dir)
+        _part(section, source, rate, tokenizer, fixed, sequence_length - prompt_length, cache_dir)
         for section in sections
         for source, rate in _opened(section, tokenizer, cache_dir)
     )
-    return Batches(parts, tokenizer, sequence_length=sequence_length, batch_size=batch_size, seed=seed, packing=packing)
+    return Batches(
+        parts,
+        tokenizer,
+        sequence_length=sequence_length,
+        batch_size=batch_size,
+        seed=seed,
+        packing=packing,
+        prompt_length=prompt_length,
+    )
 
 
 def prefetch(fn: Callable[[int], Any], start_step: int = 0, depth: int = 2) -> Iterator[tuple[int, Any]]:
@@ -376,7 +416,7 @@ def _kept(section: ConfigDict, source: Source, rate: float, tokens: cache.TokenC
         "without_end": int(np.count_nonzero(flags & tokenize.UNTERMINATED)),
     }
     _notice(section.source, counts, sequence_length)
-    return Part(section.source, tokens, starts[keep], lengths[keep], rate, counts)
+    return Part(section.source, tokens, starts[keep], lengths[keep], rate, section.prompt, counts)
 
 
 def _notice(source: str, counts: Mapping[str, int], sequence_length: int) -> None:

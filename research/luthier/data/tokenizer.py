@@ -54,7 +54,7 @@ class Tokenizer:
         self.eos_ids = tuple(dict.fromkeys(i for i in (self.eos_id, *listed) if i is not None))
         pad = token_id("pad_token")
         self.pad_id = self.eos_id if pad is None else pad
-        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.vocab_size = max(self.vocabulary().values(), default=-1) + 1
 
     @classmethod
     def from_files(cls, files: Mapping[str, bytes], where: object = "tokenizer") -> "Tokenizer":
@@ -88,6 +88,10 @@ class Tokenizer:
         path = epath.Path(path)
         found = {name: path / name for name in (*FILES, *_HINTS)}
         return cls.from_files({name: file.read_bytes() for name, file in found.items() if file.exists()}, path)
+
+    def vocabulary(self) -> dict[str, int]:
+        """The id of every token, added ones included."""
+        return self._backend.get_vocab(with_added_tokens=True)
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Token ids of a text.

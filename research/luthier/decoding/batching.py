@@ -27,14 +27,25 @@ def rows_per_batch(bound: Bound, batch_size: int, total: int) -> int:
     return -(-rows // shards) * shards
 
 
-def padded(rows: Sequence[Sequence[int]], length: int, left: bool) -> dict[str, np.ndarray]:
-    """`tokens`, `positions` and `segment_ids` `[B, length]`; padding has segment 0."""
+def padded(
+    rows: Sequence[Sequence[int]], length: int, left: bool, prompt_slots: Sequence[int] = ()
+) -> dict[str, np.ndarray]:
+    """`tokens`, `positions` and `segment_ids` `[B, length]`; padding has segment 0.
+
+    Args:
+      prompt_slots: vectors of a soft prompt, whose placeholders each row begins with.
+    """
     batch = {name: np.zeros((len(rows), length), np.int32) for name in ("tokens", "positions", "segment_ids")}
     for i, row in enumerate(rows):
         span = slice(length - len(row), length) if left else slice(0, len(row))
         batch["tokens"][i, span] = row
         batch["positions"][i, span] = np.arange(len(row))
         batch["segment_ids"][i, span] = 1
+    if prompt_slots:
+        is_slot = (batch["segment_ids"] > 0) & (batch["positions"] < len(prompt_slots))
+        batch["prompt_slots"] = np.where(
+            is_slot, np.asarray(prompt_slots, np.int32)[batch["positions"] % len(prompt_slots)], -1
+        )
     return batch
 
 

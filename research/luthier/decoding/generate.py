@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from luthier.decoding import batching
+from luthier.decoding import batching, beam
 from luthier.decoding.policy import Policy, Prompt
 from luthier.decoding.sampling import Sampling, draw
 from luthier.errors import LuthierError
@@ -61,7 +61,8 @@ def generate(
     Raises:
       LuthierError: for an empty prompt, or one that leaves too little room in the context.
     """
-    encoded = [policy.encode(prompt, where=f"prompt {i}") for i, prompt in enumerate(prompts)]
+    room = [0] * len(policy.prompt_slots)
+    encoded = [[*room, *policy.encode(prompt, where=f"prompt {i}")] for i, prompt in enumerate(prompts)]
     _check_lengths(policy, encoded, sampling)
     # Longest first, so that a batch wastes little padding and memory runs out at once or never.
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
@@ -162,7 +163,8 @@ def _batch(
 ) -> list[Generation]:
     """Runs one batch, filled up to `size` rows with rows that are done from the start."""
     spare = size - len(prompts)
-    batch = batching.padded([*prompts, *[[0]] * spare], batching.bucket(max(map(len, prompts))), left=True)
+    length = batching.bucket(max(map(len, prompts)))
+    batch = batching.padded([*prompts, *[[0]] * spare], length, left=True, prompt_slots=policy.prompt_slots)
     done = np.arange(size) >= len(prompts)
     inputs = batching.to_device(policy.bound, (batch, np.asarray([*indices, *[0] * spare], np.int32), done))
     room = batching.bucket(sampling.max_new_tokens)
@@ -170,6 +172,9 @@ def _batch(
     static = dataclasses.replace(sampling, stop=(), seed=0, max_new_tokens=1)
     fixed = {"bound": policy.bound, "sampling": static, "eos": policy.eos_ids}
     apart = policy.layers_apart
+    if sampling.beams > 1:
+        best = _search(policy, batch, done, sampling.max_new_tokens, apart, {"room": room}, fixed)
+        return [_cut(policy, tokens, logprobs, sampling.stop) for tokens, logprobs in best[: len(prompts)]]
     state = _prefill(
         policy.variables, *inputs, np.uint32(sampling.seed % 2**32), room=room, apart=apart is not None, **fixed
     )
@@ -191,6 +196,22 @@ def _batch(
     return [
         _generation(policy, made[i, :n], logprobs[i, :n], stops.get(i)) for i, n in enumerate(lengths[: len(prompts)])
     ]
+
+
+def _search(policy: Policy, batch, done, limit: int, apart, room, fixed) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Tokens and their log-probabilities of each row's best text."""
+    batch, done = batching.to_device(policy.bound, (batch, done))
+    limit = np.int32(limit)
+    state = beam.prefill(policy.variables, batch, done, limit, apart=apart is not None, **room, **fixed)
+    found = beam.search(apart or policy.variables, state, limit, **fixed).finished
+    tokens, logprobs, lengths = batching.to_host((found.tokens[:, 0], found.logprobs[:, 0], found.lengths[:, 0]))
+    return [(t[:n], p[:n]) for t, p, n in zip(tokens, logprobs, lengths)]
+
+
+def _cut(policy: Policy, tokens: np.ndarray, logprobs: np.ndarray, stop: Sequence[str]) -> Generation:
+    """A whole text, cut where a stop string begins."""
+    stops = _stopped(policy, tokens[None], np.asarray([len(tokens)]), {}, stop) if stop else {}
+    return _generation(policy, tokens, logprobs, stops.get(0))
 
 
 def _stopped(

@@ -5,12 +5,14 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Sharding
 
 from luthier import weights
+from luthier.config import resolve, spec
 from luthier.data.chat import ChatTemplate
 from luthier.data.tokenizer import Tokenizer
 from luthier.decoding.batching import is_one_cpu
@@ -19,7 +21,6 @@ from luthier.models import Transformer
 from luthier.models.apart import variables_apart
 from luthier.parallel import Sharder, make_inference_mesh, make_sharder
 from luthier.tuners import Bound, bind
-from luthier.tuners.lora import lora
 
 Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
 
@@ -33,17 +34,39 @@ class Policy:
       variables: what `bound` reads: `params` and a collection for each tuner.
       tokenizer: text to ids and back.
       template: renders chat messages; None for a model without one.
+      soft_prompt: number of the soft prompt in front of every text, where the tuners have any; None leaves
+        it out.
     """
 
     bound: Bound
     variables: Mapping[str, Any] = dataclasses.field(repr=False)
     tokenizer: Tokenizer
     template: ChatTemplate | None = None
+    soft_prompt: int | None = 0
+
+    @property
+    def prompt_slots(self) -> tuple[int, ...]:
+        """The learned vectors in front of a text, by their number."""
+        tuner = self.bound.prompt_tuner
+        if tuner is None or self.soft_prompt is None:
+            return ()
+        if not 0 <= self.soft_prompt < tuner.prompts:
+            raise LuthierError(f"no soft prompt {self.soft_prompt}; there are {tuner.prompts}", where="soft_prompt")
+        first = self.soft_prompt * tuner.prompt_length
+        return tuple(range(first, first + tuner.prompt_length))
+
+    def with_prompt(self, number: int | None) -> "Policy":
+        """This policy with another of its soft prompts in front of every text, or none."""
+        if number == self.soft_prompt or self.bound.prompt_tuner is None:
+            return self
+        other = dataclasses.replace(self, soft_prompt=number)
+        other.__dict__["layers_apart"] = self.layers_apart  # the same weights: not copied again
+        return other
 
     @functools.cached_property
     def layers_apart(self) -> Mapping[str, Any] | None:
         """`variables` as one CPU decodes fastest; None elsewhere, and where that takes too much memory."""
-        if not is_one_cpu(self.bound):
+        if not is_one_cpu(self.bound) or any(tuner.through for tuner in self.bound.tuners):
             return None
         model = self.bound.model
         return variables_apart(self.variables, model.dtype, model.config.tie_embeddings)
@@ -97,36 +120,63 @@ class Policy:
 
 
 def from_source(
-    source: str, *, compute_dtype: str = "float32", attention: str = "auto", template: str | None = None
+    source: str,
+    *,
+    compute_dtype: str = "float32",
+    attention: str = "auto",
+    template: str | None = None,
+    sharder: Sharder | None = None,
 ) -> Policy:
-    """The policy of saved weights, spread over the devices of all processes (`make_inference_mesh`).
+    """The policy of saved weights, spread over the devices of all processes.
 
     Args:
       source: `smollm2-135m`, a Hugging Face directory, a GGUF file, a workdir or a hub id.
       compute_dtype: dtype of activations and of the key/value cache.
       attention: name of an attention backend.
       template: source of a Jinja chat template that replaces the model's own.
+      sharder: where the weights go; None is the mesh of `make_inference_mesh`.
     """
-    sharder, place = Sharder(), None
-    if jax.device_count() > 1:
+    place = None
+    if sharder is None and jax.device_count() > 1:
         config = weights.describe(source).config
         heads = {"num_heads": config.num_heads, "num_kv_heads": config.num_kv_heads}
         sharder = make_sharder(make_inference_mesh(**heads), **heads)
-        shardings = _shardings(bind(Transformer(config, sharder=sharder)))
+    sharder = sharder or Sharder()
+    if sharder.mesh is not None:
+        shardings = _shardings(bind(Transformer(weights.describe(source).config, sharder=sharder)))
         place = lambda path, _: shardings[f"params/{path}"]  # noqa: E731
     loaded = weights.load(source, place=place)
     model = Transformer(
         loaded.config, dtype=jnp.dtype(compute_dtype), remat="none", attention=attention, sharder=sharder
     )
     names = [f"adapter_{number}" for number in range(len(loaded.adapters))]
-    tuners = [lora(**adapter.options, collection=name) for name, adapter in zip(names, loaded.adapters)]
+    tuners = [
+        resolve(spec(adapter.name, **adapter.options, collection=name), "tuner")()
+        for name, adapter in zip(names, loaded.adapters)
+    ]
     bound = bind(model, tuners)
     adapters = {name: adapter.variables for name, adapter in zip(names, loaded.adapters)}
+    _check_fits(bound, adapters, source)
     variables = {"params": loaded.params, **_placed(bound, adapters)}
     tokenizer = loaded.tokenizer
     chosen = template if template is not None else tokenizer.chat_template
     chat = ChatTemplate(chosen, tokenizer.special_tokens) if chosen is not None else None
     return Policy(bound, variables, tokenizer, chat)
+
+
+def _check_fits(bound: Bound, collections: Mapping[str, Any], source: str) -> None:
+    """Raises a LuthierError for numbers that are not those of the tuners."""
+    shapes = nn.unbox(jax.eval_shape(bound.init, jax.random.key(0)))
+    for name, numbers in collections.items():
+        wanted, found = (flatten_dict(tree, sep="/") for tree in (shapes[name], numbers))
+        for path in sorted(wanted.keys() | found.keys()):
+            ours, theirs = (x[path].shape if path in x else "absent" for x in (wanted, found))
+            if ours != theirs:
+                raise LuthierError(
+                    f"an adapter does not fit: {path} is {theirs}, for this model {ours}",
+                    where=source,
+                    mend="Use the base model it was trained on",
+                )
 
 
 def _placed(bound: Bound, collections: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -26,6 +26,8 @@ class Sampling:
       min_p: keep tokens at least this many times as likely as the most likely one.
       stop: strings that end the text; the text is cut before the first of them.
       seed: fixes the draws, which depend on (seed, index of the prompt, index of the token) alone.
+      beams: width of a beam search (`luthier.decoding.beam`); 1 is none.
+      length_penalty: α; a beam's text is scored by its log-probability / length^α.
     """
 
     max_new_tokens: int = 64
@@ -35,6 +37,8 @@ class Sampling:
     min_p: float = 0.0
     stop: tuple[str, ...] = ()
     seed: int = 0
+    beams: int = 1
+    length_penalty: float = 1.0
 
     def __post_init__(self):
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
@@ -44,6 +48,7 @@ class Sampling:
             "top_k": (self.top_k >= 0, "0 (all) or more"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
             "min_p": (0 <= self.min_p <= 1, "between 0 and 1"),
+            "beams": (self.beams == 1 or (self.beams > 1 and not self.temperature), "1, or more with temperature 0"),
             "stop": (all(isinstance(s, str) and s for s in self.stop), "strings that are not empty"),
         }
         for key, (good, expected) in wanted.items():

@@ -81,7 +81,7 @@ def score_tokens(
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Score]:
     """Scores the second of each pair of token ids given the first, which must not be empty."""
-    context = policy.bound.model.config.max_length
+    context = policy.bound.model.config.max_length - len(policy.prompt_slots)
     for i, (prompt, completion) in enumerate(pairs):
         if not len(prompt) or not len(completion):
             raise LuthierError("prompt and completion need a token each", where=f"pair {i}")
@@ -108,8 +108,10 @@ def _start(policy: Policy, where: object) -> list[int]:
 
 
 def _batch(policy: Policy, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], size: int) -> list[Score]:
+    slots = policy.prompt_slots
+    pairs = [([*[0] * len(slots), *prompt], completion) for prompt, completion in pairs]
     rows = [[*prompt, *completion][:-1] for prompt, completion in pairs] + [[0]] * (size - len(pairs))
-    batch = batching.padded(rows, batching.bucket(max(map(len, rows))), left=False)
+    batch = batching.padded(rows, batching.bucket(max(map(len, rows))), left=False, prompt_slots=slots)
     longest = batching.bucket(max(len(completion) for _, completion in pairs))
     places, targets = np.zeros((2, size, longest), np.int32)
     for i, (prompt, completion) in enumerate(pairs):

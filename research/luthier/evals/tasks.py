@@ -3,6 +3,7 @@
 Accuracies carry Wilson's interval, other means a bootstrap over examples (95%).
 """
 
+import collections
 import math
 from collections.abc import Mapping, Sequence
 
@@ -31,8 +32,11 @@ def verifier(
     max_new_tokens: int = 32,
     temperature: float = 0.0,
     stop: tuple = (),
+    retention: bool = False,
+    chance: float | None = None,
     batch_size: int = 16,
     seed: int = 0,
+    soft_prompt: int | None = 0,
 ) -> EvalResult:
     """Mean reward of generated answers.
 
@@ -41,8 +45,12 @@ def verifier(
       verifier: a name of `luthier.evals.verifiers.VERIFIERS`.
       shots: solved examples before each prompt, drawn from `shots_from`.
       stop: strings that end an answer; a blank line does so too after shots in text.
+      retention: whether the report's table of what was kept has this task (`luthier.evals.retention`).
+      chance: reward of an answer that ignores the question; None is 0.
       limit: ask only the first so many.
+      soft_prompt: number of the soft prompt to ask with, where the policy has one; None asks without.
     """
+    policy = policy.with_prompt(soft_prompt)
     reward = verifiers.find(verifier)
     cases = read_cases(data, limit)
     prompts = few_shot(cases, shot_pool(shots, shots_from), shots, seed)
@@ -69,6 +77,7 @@ def verifier(
     metrics = {
         "mean_tokens": float(np.mean([len(generation.token_ids) for generation in made])),
         "ended": float(np.mean([generation.finish_reason != "length" for generation in made])),
+        "chance": chance or 0.0,
     }
     return _result(label, "accuracy" if share else "reward", interval, records, metrics, shots)
 
@@ -92,8 +101,11 @@ def choices(
     shots: int = 0,
     shots_from: str | None = None,
     limit: int | None = None,
+    retention: bool = False,
+    chance: float | None = None,
     batch_size: int = 16,
     seed: int = 0,
+    soft_prompt: int | None = 0,
 ) -> EvalResult:
     """Accuracy of the option with the largest log-likelihood.
 
@@ -102,8 +114,12 @@ def choices(
         (its text, or its index from 0); or MetaICL's (`input`, `output`, `options`), joined by a line break.
       normalise: what an option's log-likelihood is divided by: `none`, its `tokens` or its `bytes`.
       shots: solved examples before each prompt, drawn from `shots_from` (records of the same form).
+      retention: whether the report's table of what was kept has this task (`luthier.evals.retention`).
+      chance: accuracy of an answer that ignores the question; None is the larger of guessing and the commonest answer.
       limit: ask only the first so many.
+      soft_prompt: number of the soft prompt to ask with, where the policy has one; None asks without.
     """
+    policy = policy.with_prompt(soft_prompt)
     if normalise not in NORMALISATIONS:
         raise LuthierError(f"unknown value {normalise!r}", where="normalise", mend=near(normalise, NORMALISATIONS))
     questions = [_question(*record) for record in _raw(data, limit)]
@@ -133,8 +149,16 @@ def choices(
             }
         )
     metrics = {f"accuracy_{name}": float(np.mean(values)) for name, values in right.items()}
+    metrics["chance"] = _chance(questions) if chance is None else chance
     interval = statistics.wilson(int(sum(right[normalise])), len(records))
     return _result(label, "accuracy", interval, records, metrics, shots)
+
+
+def _chance(questions: Sequence[tuple[Case, Sequence[str]]]) -> float:
+    """The larger of guessing among the options and always giving the commonest answer."""
+    answers = collections.Counter(case.answer for case, _ in questions)
+    guessing = float(np.mean([1 / len(options) for _, options in questions]))
+    return max(guessing, max(answers.values()) / len(questions))
 
 
 def _raw(data: str, limit: int | None) -> list[tuple[Mapping, str]]:
@@ -172,6 +196,7 @@ def perplexity(
     limit: int | None = None,
     batch_size: int = 16,
     seed: int = 0,
+    soft_prompt: int | None = 0,
 ) -> EvalResult:
     """exp of the mean negative log-likelihood a target token, over all targets.
 
@@ -183,13 +208,15 @@ def perplexity(
       format: name of the format (docs/data.md), or `auto`.
       train_on: which tokens are targets: `completion`, `assistant` or `all`.
       limit: read only the first so many.
+      soft_prompt: number of the soft prompt to ask with, where the policy has one; None asks without.
     """
+    policy = policy.with_prompt(soft_prompt)
     raw = _raw(data, limit)
     form = Format(format)
     examples = [form.told(record, where).read(record, where) for record, where in raw]
     places = [where for _, where in raw]
     tokenized = tokenize(examples, places, tokenizer=policy.tokenizer, template=policy.template, train_on=train_on)
-    context = policy.bound.model.config.max_length
+    context = policy.bound.model.config.max_length - len(policy.prompt_slots)
     windows = [(number, start) for number, t in enumerate(tokenized) for start in range(0, len(t.ids) - 1, context)]
     pairs = [
         (tokenized[number].ids[start : start + 1], tokenized[number].ids[start + 1 : start + 1 + context])

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from luthier.errors import LuthierError
 from luthier.models import splash
-from luthier.models.config import Rope
+from luthier.models.config import ModelConfig, Rope
 from luthier.models.remat import saved
 from luthier.parallel import Sharder
 
@@ -42,6 +42,14 @@ def rotation(rope: Rope, head_dim: int, positions: Int[Array, "B T"], dtype) -> 
     return jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
 
 
+def moved_keys(config: ModelConfig, keys: Float[Array, "L p K D"], by: int) -> Float[Array, "L p K D"]:
+    """Keys of all layers, as they lie after rotary positions, of tokens `by` positions later."""
+    wide = jnp.promote_types(keys.dtype, jnp.float32)
+    turn = lambda rope: rotation(rope, config.head_dim, jnp.full(keys.shape[1:2], by)[None], wide)  # noqa: E731
+    turns = [turn(config.local_rope if is_local else config.rope) for is_local in config.local_layers]
+    return jnp.stack([rotate(one[None], *turn)[0] for one, turn in zip(keys, turns, strict=True)])
+
+
 def rotate(x: Float[Array, "B T N D"], cos: jax.Array, sin: jax.Array) -> Float[Array, "B T N D"]:
     """Rotates the pairs (x_i, x_{i + D/2}), Hugging Face's half-split layout."""
     first, second = jnp.split(x.astype(cos.dtype), 2, axis=-1)
@@ -55,6 +63,7 @@ class Mask:
     Attributes:
       full, local: bool `[B, 1, T, S]` for global and sliding-window layers; None where no layer asks for them.
       query_segments, key_segments: int32 `[B, T]`, `[B, S]`, for backends that mask by themselves.
+      query_positions: int32 `[B, T]`.
       plain: no prefix and no cache, so that causality and segments say everything.
     """
 
@@ -62,12 +71,27 @@ class Mask:
     local: Bool[Array, "B 1 T S"] | None
     query_segments: Int[Array, "B T"]
     key_segments: Int[Array, "B S"]
+    query_positions: Int[Array, "B T"]
     window: int | None = flax.struct.field(pytree_node=False, default=None)
     plain: bool = flax.struct.field(pytree_node=False, default=False)
 
     def dense(self, is_local: Bool[Array, ""]) -> Bool[Array, "B 1 T S"]:
         """The mask of this layer."""
         return self.full if self.local is None else jnp.where(is_local, self.local, self.full)
+
+    def behind(self, count: int) -> "Mask":
+        """The mask where `count` keys go before all others: part of every segment, at its positions −count … −1.
+
+        Backends that mask by themselves don't serve it.
+        """
+        if self.full is None:
+            fields = {"positions": self.query_positions, "segment_ids": self.query_segments}
+            return make_mask(fields, fields, self.window, plain=False).behind(count)
+        distance = self.query_positions[:, None, :, None] + count - jnp.arange(count)
+        join = lambda seen, mask: jnp.concatenate([seen, mask], axis=-1)  # noqa: E731
+        full = join(jnp.ones_like(distance, bool), self.full)
+        local = None if self.local is None else join(distance < self.window, self.local)
+        return self.replace(full=full, local=local, plain=False)
 
 
 def make_mask(query: dict, key: dict, window: int | None, *, plain: bool, dense: bool = True) -> Mask:
@@ -80,7 +104,7 @@ def make_mask(query: dict, key: dict, window: int | None, *, plain: bool, dense:
       dense: False for a backend that masks by itself.
     """
     if not dense:
-        return Mask(None, None, query["segment_ids"], key["segment_ids"], window, plain)
+        return Mask(None, None, query["segment_ids"], key["segment_ids"], query["positions"], window, plain)
     later = key["positions"][:, None, :] > query["positions"][:, :, None]
     if "prefix_mask" in key:
         later &= ~(query["prefix_mask"][:, :, None] & key["prefix_mask"][:, None, :])
@@ -90,7 +114,8 @@ def make_mask(query: dict, key: dict, window: int | None, *, plain: bool, dense:
     if window is not None:
         near = query["positions"][:, :, None] - key["positions"][:, None, :] < window
         local = (full & near)[:, None]
-    return Mask(full[:, None], local, query["segment_ids"], key["segment_ids"], window, plain)
+    full = full[:, None]
+    return Mask(full, local, query["segment_ids"], key["segment_ids"], query["positions"], window, plain)
 
 
 def attend(

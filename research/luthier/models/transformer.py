@@ -67,7 +67,13 @@ class RMSNorm(nn.Module):
 
 
 class Hook(nn.Module):
-    """A site of its own: the identity on its first argument."""
+    """A site of its own: the identity on its first argument.
+
+    Attributes:
+      axes: logical names of the axes of `x` after `[B, T]`.
+    """
+
+    axes: tuple[str | None, ...] = (None,)
 
     @nn.compact
     def __call__(self, x, *context):
@@ -142,7 +148,7 @@ class Attention(nn.Module):
         if cache is not None:
             cache, k, v = extended(cache, index, context.slot, (k, v))
         heads = Attend(self.backend, c.attention_softcap, self.sharder, name="attend")(q, k, v, context.mask, is_local)
-        heads = Hook(name="heads")(heads)
+        heads = Hook(("heads", None), name="heads")(heads)
         out = Linear(c.hidden_size, "heads", "embed", c.output_bias, self.dtype, self.sharder, name="o")
         return saved(out(heads.reshape(*heads.shape[:2], -1))), cache
 
@@ -161,7 +167,7 @@ class MLP(nn.Module):
         activation = jax.nn.silu if c.activation == "silu" else functools.partial(jax.nn.gelu, approximate=True)
         gate = saved(linear(c.intermediate_size, "embed", "mlp", name="gate")(x))
         up = saved(linear(c.intermediate_size, "embed", "mlp", name="up")(x))
-        inner = Hook(name="inner")(activation(gate) * up)
+        inner = Hook(("mlp",), name="inner")(activation(gate) * up)
         return saved(linear(c.hidden_size, "mlp", "embed", name="down")(inner))
 
 
@@ -316,10 +322,9 @@ class Transformer(nn.Module):
             token_ids=batch.get("token_ids"),
             slot=slot,
         )
-        x = self.embed(batch["tokens"])
+        x = self.inputs(self.embed(batch["tokens"]), batch)
         if c.embed_scale:
             x = x * jnp.asarray(c.hidden_size**0.5, self.dtype)
-        x = self.inputs(x, batch)
         if cache is not None and isinstance(cache.keys, tuple):
             x, kept = self._apart(x, kept, context)
         else:

@@ -1,6 +1,8 @@
 """The unembedding and a token loss in one loop over tokens, so that all logits never exist at once.
 
-Both functions run the same loop over chunks of tokens. On a mesh the loop runs inside a `shard_map`
+Both functions run the same loop over chunks of tokens, `chunk_fn(head, hidden[n, E], tok, keys[n]) ->
+{"loss": [n], …}`: it makes the logits of n tokens (of a reference model too, whose hidden states are then
+in `tok`) and what a loss needs of them. On a mesh the loop runs inside a `shard_map`
 over every axis (rows over data and fsdp, time over sequence and tensor), so the head is gathered
 once, in the dtype of the products, and its gradient summed once, each device keeping its part.
 Each device takes its tokens of weight 0, such as prompts, last, and skips chunks of nothing else.
@@ -30,8 +32,8 @@ ROWS = P(BATCH_AXES, ("sequence", "tensor"))
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def weighted_sum(
-    unembed: Callable,
-    token_fn: Callable,
+    chunk_fn: Callable,
+    logits: int,
     sharder: Sharder,
     head: Mapping,
     hidden: Float[Array, "B T E"],
@@ -40,31 +42,31 @@ def weighted_sum(
     token_ids: Int[Array, "B T"],
     rng: jax.Array,
 ) -> tuple[jax.Array, dict[str, Float[Array, "B T"]]]:
-    """Σ weights · loss, and every output of `token_fn` a token, 0 where the weight is 0.
+    """Σ weights · loss, and every output of `chunk_fn` a token, 0 where the weight is 0.
 
     Differentiable in `head` and `hidden`, through the sum only.
 
     Args:
-      unembed: `(head, hidden[n, E]) -> logits[n, V]`.
-      token_fn: `(logits[n, V], tok, keys[n]) -> {"loss": [n], …}`.
-      head: variables that `unembed` reads.
-      tok: per-token arrays `[B, T]` for `token_fn`.
+      chunk_fn: as above; differentiated in `head` and `hidden`.
+      logits: how many `chunk_fn` makes a token, over all models; chunks are sized by it.
+      head: variables that `chunk_fn` reads.
+      tok: per-token arrays `[B, T, …]` for `chunk_fn`.
       token_ids: global ids; token i's key is `fold_in(rng, token_ids[i])`.
     """
-    outputs, _ = _loop(unembed, token_fn, sharder, head, hidden, weights, tok, token_ids, rng, wanted=None)
+    outputs, _ = _loop(chunk_fn, logits, sharder, head, hidden, weights, tok, token_ids, rng, wanted=None)
     return jnp.sum(weights * outputs["loss"]), outputs
 
 
-def _weighted_sum_forward(unembed, token_fn, sharder, head, hidden, weights, tok, token_ids, rng):
+def _weighted_sum_forward(chunk_fn, logits, sharder, head, hidden, weights, tok, token_ids, rng):
     head_needs = jax.tree.map(lambda leaf: leaf.perturbed, head, is_leaf=_is_primal)
     head, hidden, weights, tok, token_ids, rng = jax.tree.map(
         lambda leaf: leaf.value, (head, hidden, weights, tok, token_ids, rng), is_leaf=_is_primal
     )
-    outputs, gradients = _loop(unembed, token_fn, sharder, head, hidden, weights, tok, token_ids, rng, head_needs)
+    outputs, gradients = _loop(chunk_fn, logits, sharder, head, hidden, weights, tok, token_ids, rng, head_needs)
     return (jnp.sum(weights * outputs["loss"]), outputs), gradients
 
 
-def _weighted_sum_backward(unembed, token_fn, sharder, gradients, cotangents):
+def _weighted_sum_backward(chunk_fn, logits, sharder, gradients, cotangents):
     scale = cotangents[0]
     if isinstance(scale, jax.custom_derivatives.SymbolicZero):
         scale = jnp.zeros((), scale.dtype)
@@ -81,8 +83,8 @@ weighted_sum.defvjp(_weighted_sum_forward, _weighted_sum_backward, symbolic_zero
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def token_outputs(
-    unembed: Callable,
-    token_fn: Callable,
+    chunk_fn: Callable,
+    logits: int,
     sharder: Sharder,
     head: Mapping,
     hidden: Float[Array, "B T E"],
@@ -90,34 +92,34 @@ def token_outputs(
     token_ids: Int[Array, "B T"],
     rng: jax.Array,
 ) -> dict[str, Float[Array, "B T"]]:
-    """Every output of `token_fn` a token; `loss` is differentiable in `head` and `hidden`.
+    """Every output of `chunk_fn` a token; `loss` is differentiable in `head` and `hidden`.
 
     Arguments as in `weighted_sum`. This serves losses of whole sequences, whose weights depend on
     the values.
     """
     weights = jnp.ones(hidden.shape[:2])
-    return _loop(unembed, token_fn, sharder, head, hidden, weights, tok, token_ids, rng, wanted=None)[0]
+    return _loop(chunk_fn, logits, sharder, head, hidden, weights, tok, token_ids, rng, wanted=None)[0]
 
 
-def _token_outputs_forward(unembed, token_fn, sharder, head, hidden, tok, token_ids, rng):
+def _token_outputs_forward(chunk_fn, logits, sharder, head, hidden, tok, token_ids, rng):
     needs = jax.tree.map(lambda leaf: leaf.perturbed, head, is_leaf=_is_primal)
     values = jax.tree.map(lambda leaf: leaf.value, (head, hidden, tok, token_ids, rng), is_leaf=_is_primal)
-    return token_outputs(unembed, token_fn, sharder, *values), (needs, values)
+    return token_outputs(chunk_fn, logits, sharder, *values), (needs, values)
 
 
-def _token_outputs_backward(unembed, token_fn, sharder, residuals, cotangents):
+def _token_outputs_backward(chunk_fn, logits, sharder, residuals, cotangents):
     needs, (head, hidden, tok, token_ids, rng) = residuals
     weights = cotangents["loss"]
     if isinstance(weights, jax.custom_derivatives.SymbolicZero):
         weights = jnp.zeros(weights.shape, weights.dtype)
-    _, gradients = _loop(unembed, token_fn, sharder, head, hidden, weights, tok, token_ids, rng, needs)
+    _, gradients = _loop(chunk_fn, logits, sharder, head, hidden, weights, tok, token_ids, rng, needs)
     return *gradients, None, None, None
 
 
 token_outputs.defvjp(_token_outputs_forward, _token_outputs_backward, symbolic_zeros=True)
 
 
-def _loop(unembed, token_fn, sharder, head, hidden, weights, tok, token_ids, rng, wanted):
+def _loop(chunk_fn, logits, sharder, head, hidden, weights, tok, token_ids, rng, wanted):
     """Outputs `{name: [B, T]}`, 0 where the weight is, and, if `wanted` (bools shaped like `head`), the
     gradients of Σ weights · loss in (head, hidden); unwanted leaves of the head get zeros."""
     shape = hidden.shape[:2]
@@ -130,7 +132,7 @@ def _loop(unembed, token_fn, sharder, head, hidden, weights, tok, token_ids, rng
     flags = None if wanted is None else jax.tree.leaves(wanted)
     on_cpu = sharder.device().platform == "cpu"
     limits = (CHUNK_BYTES, CHUNK_TOKENS) if on_cpu else (CHUNK_BYTES * ACCELERATOR_CHUNKS, math.inf)
-    body = functools.partial(_chunks, unembed, token_fn, structure, flags, limits)
+    body = functools.partial(_chunks, chunk_fn, logits, structure, flags, limits)
     if sharder.mesh is None or sharder.mesh.size == 1:
         outputs, gradients, hidden_gradient = body(leaves, rng, *rows)
     else:
@@ -167,12 +169,10 @@ def _summed(body, sharder, specs, *arguments):
     )
 
 
-def _chunks(unembed, token_fn, structure, flags, limits, leaves, rng, hidden, weights, tok, token_ids):
+def _chunks(chunk_fn, logits, structure, flags, limits, leaves, rng, hidden, weights, tok, token_ids):
     """`_loop` on one device's rows; the gradients are those of the leaves that `flags` tell, in float32 at least."""
     shape, tokens = hidden.shape[:2], math.prod(hidden.shape[:2])
-    head = structure.unflatten(leaves)
-    vocabulary = jax.eval_shape(unembed, head, jax.ShapeDtypeStruct(hidden.shape[-1:], hidden.dtype)).shape[-1]
-    size = max(1, min(tokens, limits[0] // (4 * vocabulary), limits[1]))
+    size = max(1, min(tokens, limits[0] // (4 * logits), limits[1]))
     count = math.ceil(tokens / size)
     size = math.ceil(tokens / count)
     order = jnp.argsort(weights.reshape(-1) == 0, stable=True)
@@ -191,7 +191,7 @@ def _chunks(unembed, token_fn, structure, flags, limits, leaves, rng, hidden, we
         moving = iter(trained)
         whole = leaves if flags is None else [next(moving) if flag else x for flag, x in zip(flags, leaves)]
         keys = jax.vmap(functools.partial(jax.random.fold_in, rng))(token_ids)
-        outputs = token_fn(unembed(structure.unflatten(whole), hidden), tok, keys)
+        outputs = chunk_fn(structure.unflatten(whole), hidden, tok, keys)
         return jnp.sum(weights * outputs["loss"]), outputs
 
     def work(gradients, chunk):

@@ -25,3 +25,9 @@ def normalise(logits: Float[Array, "n V"], targets: Int[Array, " n"]) -> Normali
     target = jnp.sum(jnp.where(is_target, logits, 0), axis=-1)  # a select fuses where a gather's gradient scatters
     entropy = log_z - jnp.sum(jnp.where(powers > 0, powers * logits, 0), axis=-1) / z  # 0 log 0 = 0
     return Normalised(log_z, target - log_z, {"mean_token_accuracy": target >= top, "entropy": entropy})
+
+
+def kl_divergence(p_logits: Float[Array, "n V"], q_logits: Float[Array, "n V"]) -> Float[Array, " n"]:
+    """KL(p ‖ q) = Σ_v p_v (log p_v − log q_v) of two softmaxes, in nats."""
+    log_p, log_q = jax.nn.log_softmax(p_logits), jax.nn.log_softmax(q_logits)
+    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)

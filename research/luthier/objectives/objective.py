@@ -13,6 +13,7 @@ from luthier.parallel import Sharder
 
 Batch = Mapping[str, jax.Array]
 Sums = dict[str, tuple[jax.Array, jax.Array]]
+START = "start"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,16 +22,20 @@ class TokenLoss:
 
     Attributes:
       token_fn: `(logits[n, V], tok, keys[n]) -> {name: [n]}`. `tok` holds `targets` and the batch
-        fields in `extras`, each `[n]`. The output `loss` is differentiated; the others are metrics,
-        reported as means over targets. `keys` are random keys, one a token.
+        fields in `extras`, each `[n]`, and the reference model's logits, `reference[n, V]`. The output `loss`
+        is differentiated; the others are metrics, reported as means over targets. `keys` are random keys, one
+        a token.
       extras: further batch fields that `token_fn` reads.
       norm: what the mean of the loss is over: all `tokens` that are targets, or the targets of each `sequence`
         and then all sequences.
+      reference: a second model that gets no gradient: "" for none, `START` for the model as the stage begins,
+        or the source of another one's weights.
     """
 
     token_fn: Callable[[jax.Array, Mapping[str, jax.Array], jax.Array], dict[str, jax.Array]]
     extras: tuple[str, ...] = ()
     norm: str = "tokens"
+    reference: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,34 +76,57 @@ def _targets_of_segments(batch: Batch) -> jax.Array:
     return jax.vmap(count)(batch["segment_ids"], (batch["loss_weights"] != 0).astype(jnp.int32))
 
 
+def _without_prompt(batch: Batch) -> Batch:
+    """Placeholders of a soft prompt, which nobody fills, seen by nobody."""
+    if "prompt_slots" not in batch:
+        return batch
+    return {**batch, "segment_ids": jnp.where(batch["prompt_slots"] >= 0, 0, batch["segment_ids"])}
+
+
 NORMS = {
     "tokens": (count_targets, lambda batch: batch["loss_weights"]),
     "sequence": (count_sequences, sequence_weights),
 }
 
 
-def token_objective(loss: TokenLoss, sharder: Sharder, *, dropout: bool = False) -> Objective:
+def token_objective(loss: TokenLoss, sharder: Sharder, *, reference: Any = None, dropout: bool = False) -> Objective:
     """Σ weight · loss over all targets, by the fused head.
 
     Args:
-      dropout: whether the model draws dropout masks in training.
+      reference: the bound model that `loss.reference` asks for. Its variables are the collection `reference`
+        where there is one, else the same as the policy's.
+      dropout: whether the policy draws dropout masks in training; the reference never does.
 
     Raises:
       LuthierError: for an unknown norm of the loss.
     """
     if loss.norm not in NORMS:
         raise LuthierError(f"unknown norm {loss.norm!r}", where="objective.norm", mend=f"Known: {', '.join(NORMS)}")
+    if bool(loss.reference) != (reference is not None):
+        raise ValueError(f"the loss asks for reference {loss.reference!r}, got {reference}")
     count, weights = NORMS[loss.norm]
 
     def sums(bound, variables, batch, rng):
+        def chunk_fn(head, hidden, tok, keys):
+            if reference is not None:
+                theirs = reference.unembed(head["reference"], tok["reference"])
+                tok = {**tok, "reference": jax.lax.stop_gradient(theirs)}
+            return loss.token_fn(bound.unembed(head["policy"], hidden), tok, keys)
+
         head_rng, dropout_rng = jax.random.split(rng)
-        inputs = batch if dropout else {key: x for key, x in batch.items() if key != "token_ids"}
-        hidden, _ = bound.hidden(variables, inputs, rngs={"dropout": dropout_rng} if dropout else None)
+        plain = {key: x for key, x in batch.items() if key != "token_ids"}
+        rngs = {"dropout": dropout_rng} if dropout else None
+        hidden, _ = bound.hidden(variables, batch if dropout else plain, rngs=rngs)
         tok = {"targets": batch["targets"], **{name: batch[name] for name in loss.extras}}
+        head, logits = {"policy": bound.head(variables)}, bound.model.config.vocab_size
+        if reference is not None:
+            theirs = jax.lax.stop_gradient(variables.get("reference", variables))
+            tok["reference"] = reference.hidden(theirs, plain if reference.prompt_tuner else _without_prompt(plain))[0]
+            head["reference"] = reference.head(theirs)
+            logits += reference.model.config.vocab_size
         total, outputs = weighted_sum(
-            bound.unembed, loss.token_fn, sharder, bound.head(variables), hidden, weights(batch), tok,
-            batch["token_ids"], head_rng,
-        )  # fmt: skip
+            chunk_fn, logits, sharder, head, hidden, weights(batch), tok, batch["token_ids"], head_rng
+        )
         is_target = batch["loss_weights"] != 0
         targets = jnp.sum(is_target)
         metrics = {

@@ -12,6 +12,7 @@ _PUBLIC = {
     "write_report": "luthier.reporting.report",
     "evaluation_table": "luthier.reporting.tables",
     "parameter_table": "luthier.reporting.tables",
+    "retention_table": "luthier.reporting.tables",
     "result_table": "luthier.reporting.tables",
     "show": "luthier.reporting.tables",
 }

@@ -7,7 +7,7 @@ from typing import Any
 
 from luthier.reporting.workdir import Evaluation
 
-_NOT_SHARES = {"loss", "perplexity", "nll", "bits_per_byte", "ece", "brier"}
+_NOT_SHARES = {"loss", "kl", "perplexity", "nll", "bits_per_byte", "ece", "brier"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +58,18 @@ def comparisons(evaluations: Iterable[Evaluation]) -> tuple[Comparison, ...]:
         during = tuple(e for e in group if e.when not in ("before", "after"))
         found.append(Comparison(label, at.get("before"), during, at.get("after")))
     return tuple(sorted(found, key=lambda c: (not (c.before and c.after), c.label)))
+
+
+def retained(evaluations: Iterable[Evaluation]):
+    """The `luthier.evals.retention.Retention` of the evaluations that ask for it, or None."""
+    found = comparisons(evaluations)
+    sides = lambda c: ({**e.result, "records": e.records} if e else None for e in (c.before, c.after))  # noqa: E731
+    marked = {c.label: tuple(sides(c)) for c in found if (c.latest.result.get("spec") or {}).get("retention")}
+    if not marked:
+        return None
+    from luthier.evals.retention import of_evaluations  # and scipy, half a second
+
+    return of_evaluations(marked)
 
 
 def difference(before: Evaluation, after: Evaluation) -> Difference:

@@ -58,7 +58,7 @@ def render(run: Run) -> str:
     )
     environment.filters |= {
         "text": message_text, "percent": tables.percent, "value": tables.value, "interval": tables.interval,
-        "change": tables.change, "pretty": pretty, "number": tables.number,
+        "change": tables.change, "pretty": pretty, "number": tables.number, "points": tables.points,
     }  # fmt: skip
     found = compare.comparisons(run.evaluations)
     charts, why_not = _charts(run)
@@ -74,6 +74,7 @@ def render(run: Run) -> str:
         baseline=_best_before(found),
         shots_before=sorted({c.before.result.get("shots") or 0 for c in found if c.before}),
         comparisons=found,
+        retained=compare.retained(run.evaluations),
         charts=charts,
         no_charts=why_not,
         samples=[(c, all_, _counts(all_), compare.chosen(all_)) for c, all_ in groups if all_],

@@ -25,6 +25,22 @@ def evaluation_table(evaluations: Iterable[Evaluation], note: str = "") -> Table
     return table
 
 
+def retention_table(retention) -> Table:
+    """What fine-tuning kept (a `luthier.evals.retention.Retention`), in points; the mean is the last row."""
+    left_out = "\n".join(f"left out: {label}: {reason}" for label, reason in retention.left_out)
+    table = Table("retention", caption=left_out or None, caption_justify="left")
+    for heading in ("shots", "n", "chance", "before", "after", "difference"):
+        table.add_column(heading, justify="right")
+    for row in retention.rows:
+        values = (percent(x) for x in (row.chance, row.before, row.after))
+        table.add_row(row.label, str(row.shots), str(row.n), *values, points(row.difference))
+    if retention.rows:
+        table.add_section()
+        ends = (f"{percent(side.value)} {_range(side)}" for side in (retention.before, retention.after))
+        table.add_row("mean", "", "", "", *ends, points(retention.difference))
+    return table
+
+
 def parameter_table(counts: Mapping[str, int], *, trainable: Iterable[str]) -> Table:
     """Numbers held by each collection, such as {"params": 134515008, "lora": 4884480}."""
     table = Table("collection", "trained")
@@ -93,6 +109,15 @@ def change(comparison: compare.Comparison) -> str:
     if difference.low is None:
         return text
     return f"{text} [{_short(scale * difference.low, scale)}, {_short(scale * difference.high, scale)}]"
+
+
+def points(difference) -> str:
+    """A difference of shares with its interval: `-12.0 points [-15.1, -8.9]`."""
+    return f"{100 * difference.value:+.1f} points {_range(difference)}"
+
+
+def _range(interval) -> str:
+    return f"[{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
 
 
 def _short(x: float, scale: int) -> str:

@@ -23,6 +23,7 @@ from luthier.models import ModelConfig
 from luthier.parallel import Sharder
 from luthier.training.flops import causal_share, matmul_flops
 from luthier.training.hlo import Collective, collectives
+from luthier.training.reference import collections_of, reference_of
 from luthier.training.run import (
     config_sharder,
     make_model,
@@ -266,10 +267,20 @@ def abstract_step(config: ConfigDict, stage: ConfigDict, shape: ModelConfig, sha
     rows = (stage.batch_size, stage.sequence_length)
     fields = {"tokens": jnp.int32, "targets": jnp.int32, "loss_weights": jnp.float32}
     fields |= {"segment_ids": jnp.int32, "positions": jnp.int32}
+    if bound.prompt_tuner:
+        fields["prompt_slots"] = jnp.int32
     batch = {name: jax.ShapeDtypeStruct(rows, dtype, sharding=sharder.batch()) for name, dtype in fields.items()}
     step = make_stage_step(config, stage, bound, optimizer, schedule, sharder)
     frozen = {name: tree for name, tree in variables.items() if name not in trained}
-    flops = model_flops_per_token(bound, trained, stage.sequence_length) * math.prod(rows)
+    compared = reference_of(config, stage, bound)
+    if compared is not None and (compared.model is not bound.model or collections_of(compared) & set(trained)):
+        boxed = jax.eval_shape(compared.init, jax.random.key(0))
+        frozen["reference"] = jax.tree.map(
+            lambda leaf, sharding: abstract(leaf, sharding, jnp.dtype(weights_dtype)),
+            nn.unbox(boxed),
+            compared.model.sharder.tree(boxed),
+        )
+    flops = model_flops_per_token(bound, trained, stage.sequence_length, compared) * math.prod(rows)
     return jit_step(step, sharder.device().platform), (state, frozen, batch), flops
 
 

@@ -231,6 +231,13 @@ def train_flops_per_token(
     return 4.0 * matmul_params + 2.0 * trained_matmul_params + attention
 
 
+def forward_flops_per_token(
+    *, matmul_params: int, num_layers: int, attention_width: int, sequence_length: int
+) -> float:
+    """Model FLOPs of one token of a forward pass, as a third of a trained one's: 2·N + 4·L·H·Q·T."""
+    return 2.0 * matmul_params + 4 * num_layers * attention_width * sequence_length
+
+
 # Dense bfloat16 FLOP/s of one JAX device (float16 where the device has no bfloat16), from the vendors'
 # data sheets; the first pattern found in `device_kind` counts.
 PEAK_FLOPS: tuple[tuple[str, float], ...] = (

@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from luthier import weights
-from luthier.config import resolve
+from luthier.config import resolve, thaw
 from luthier.data.batches import Batches, build
 from luthier.data.chat import ChatTemplate
 from luthier.decoding import Generation, Policy, Sampling, generate
@@ -28,13 +28,19 @@ from luthier.parallel.compilation_cache import keep_programs
 from luthier.training import manifest as manifests
 from luthier.training.checkpoints import Checkpoints
 from luthier.training.loop import Stage, run_stage
-from luthier.training.metrics import MetricsWriter, Throughput, read_metrics, train_flops_per_token
+from luthier.training.metrics import (
+    MetricsWriter,
+    Throughput,
+    forward_flops_per_token,
+    read_metrics,
+    train_flops_per_token,
+)
 from luthier.training.profile import Profile
+from luthier.training.reference import check_reference, load_params, reference_of, reference_variables
 from luthier.training.signals import Preemption
 from luthier.training.state import TrainState, abstract_state, init_state, init_variables, split
 from luthier.training.step import Step, check_batch, jit_step, make_step
-from luthier.tuners import Bound, Tuner, bind, merge
-from luthier.tuners.lora import lora
+from luthier.tuners import Bound, Tuner, bind, merge, plain
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +101,8 @@ def train(config: ConfigDict, workdir: epath.PathLike | None = None, *, profile:
             variables = init_variables(bound, setup.sharder, config.seed + index, variables)
             train_names = trained_collections(stage, bound.tuners)
             trainable, frozen = split(variables, train_names)
+            compared = reference_of(config, stage, bound)
+            beside = frozen | reference_variables(stage, compared, variables, train_names)
             variables = None  # The state is donated: only its newest version may be held.
             optimizer, schedule = make_optimizer(stage)
             checkpoints = open_files.enter_context(_checkpoints(setup, stage))
@@ -107,18 +115,20 @@ def train(config: ConfigDict, workdir: epath.PathLike | None = None, *, profile:
                 state = run_stage(
                     _stage(setup, stage, bound, frozen, optimizer, schedule, setup.batches[index], first),
                     state,
-                    frozen,
+                    beside,
                     start=start,
                     checkpoints=checkpoints,
                     writer=writer,
-                    throughput=Throughput.of_devices(model_flops_per_token(bound, train_names, stage.sequence_length)),
+                    throughput=Throughput.of_devices(
+                        model_flops_per_token(bound, train_names, stage.sequence_length, compared)
+                    ),
                     preemption=preemption,
                     profile=traced,
                     failures=workdir / "failures",
                 )
             first += stage.steps
             variables = {**frozen, **(state.ema if stage.ema else state.trainable)}
-            del state, frozen
+            del state, frozen, beside
     _save_result(setup, bound, variables)
     _evaluate(setup, bound, variables, "after")
     return Run(workdir, config, setup.policy(bound, variables), read_results(workdir))
@@ -170,13 +180,14 @@ def prepare(config: ConfigDict, workdir: epath.Path) -> tuple[Setup, Variables]:
     setup = Setup(config, workdir, about, template, sharder, batches)
     for stage in config.stages:
         trained_collections(stage, setup.bind(stage.tuners).tuners)
+        check_reference(stage, about.tokenizer)
     fingerprints = {f"data.{stage.name}": made.fingerprint for stage, made in zip(config.stages, batches)}
     fingerprints |= {"model": about.fingerprint, "tokenizer": about.tokenizer.fingerprint}
     counts = {stage.name: made.counts for stage, made in zip(config.stages, batches)}
     mesh = sharder.mesh.shape
     record = manifests.Manifest.gather(config, fingerprints=fingerprints, data=counts, mesh=mesh, note=about.note)
     manifests.start(workdir, record)
-    return setup, _params(setup)
+    return setup, load_params(config.model.source, setup.bind(()), about)
 
 
 def config_sharder(config: ConfigDict, shape: ModelConfig, devices=None) -> Sharder:
@@ -199,6 +210,15 @@ def _template(config: ConfigDict, about: weights.Description) -> ChatTemplate | 
 
 
 def _batches(config: ConfigDict, stage: ConfigDict, index: int, about, template) -> Batches:
+    tuners = [resolve(chosen, "tuner")() for chosen in stage.tuners]
+    soft = next((tuner for tuner in tuners if tuner.prompt_length), None)
+    for number, section in enumerate(stage.data if isinstance(stage.data, tuple) else (stage.data,)):
+        if not 0 <= section.prompt < (soft.prompts if soft else 1):
+            raise LuthierError(
+                f"data[{number}].prompt is {section.prompt}, and there are {soft.prompts if soft else 0} soft prompts",
+                where=f"stage {stage.name}",
+                mend='Attach spec("prompt_tuning", prompts=...) with as many',
+            )
     return build(
         stage.data,
         tokenizer=about.tokenizer,
@@ -207,19 +227,8 @@ def _batches(config: ConfigDict, stage: ConfigDict, index: int, about, template)
         batch_size=stage.batch_size,
         seed=config.seed + index,
         packing=stage.packing,
+        prompt_length=soft.prompt_length if soft else 0,
     )
-
-
-def _params(setup: Setup) -> Variables:
-    """The pretrained weights on the mesh, with the adapters of the source folded in."""
-    boxed = jax.eval_shape(setup.bind(()).init, jax.random.key(0))["params"]
-    shardings = flatten_dict(setup.sharder.tree(boxed), sep="/")
-    place = lambda path, shape: shardings[path]  # noqa: E731
-    loaded = weights.load(setup.config.model.source, place=place, about=setup.about)
-    params = loaded.params
-    for adapter in loaded.adapters:
-        params = lora(**adapter.options).merge(params, adapter.variables)
-    return params
 
 
 def trained_collections(stage: ConfigDict, tuners: Sequence[Tuner]) -> tuple[str, ...]:
@@ -237,7 +246,7 @@ def trained_collections(stage: ConfigDict, tuners: Sequence[Tuner]) -> tuple[str
 
 
 def _check_handed_on(stage: ConfigDict, bound: Bound, variables: Variables) -> None:
-    left = variables.keys() - {"params"} - {tuner.collection for tuner in bound.tuners}
+    left = variables.keys() - {"params"} - {name for tuner in bound.tuners for name in tuner.collections}
     if left:
         raise LuthierError(
             f"the stage before hands on {', '.join(sorted(left))}, which this stage has no tuner for",
@@ -297,49 +306,75 @@ def _stage(setup: Setup, stage: ConfigDict, bound: Bound, frozen, optimizer, sch
 
 def make_stage_step(config: ConfigDict, stage: ConfigDict, bound: Bound, optimizer, schedule, sharder: Sharder) -> Step:
     """The step that a stage of a recipe runs."""
-    dropout = config.model.dropout > 0
+    loss = resolve(stage.objective, "objective")()
+    reference, vocabulary = reference_of(config, stage, bound), bound.model.config.vocab_size
     return make_step(
         bound,
-        token_objective(resolve(stage.objective, "objective")(), sharder, dropout=dropout),
+        token_objective(loss, sharder, reference=reference, dropout=config.model.dropout > 0),
         optimizer,
         schedule=schedule,
         micro_batches=stage.micro_batches,
         clip_norm=stage.clip_norm,
         ema=stage.ema,
+        transforms=[resolve(chosen, "transform")(stage.steps, vocabulary) for chosen in stage.transforms],
         seed=config.seed,
     )
 
 
-def model_flops_per_token(bound: Bound, train_names: Sequence[str], length: int) -> float:
-    """`train_flops_per_token` of a bound model.
-
-    Counts the matrices that multiply a token: kernels and low-rank factors, and the tied head once.
-    """
-    config = bound.model.config
-    shapes = flatten_dict(jax.eval_shape(lambda rng: bound.init(rng), jax.random.key(0)))
-    sizes = {path: leaf.value.size for path, leaf in shapes.items() if path[-1] not in ("scale", "bias")}
-    if not config.tie_embeddings:
-        del sizes["params", "embed", "embedding"]
-    return train_flops_per_token(
-        matmul_params=sum(sizes.values()),
-        trained_matmul_params=sum(size for path, size in sizes.items() if path[0] in train_names),
-        num_layers=config.num_layers,
-        attention_width=config.num_heads * config.head_dim,
-        sequence_length=length,
+def model_flops_per_token(
+    bound: Bound, train_names: Sequence[str], length: int, reference: Bound | None = None
+) -> float:
+    """`train_flops_per_token` of a bound model, and the forward pass of the one it is compared with."""
+    sizes = _matrices(bound)
+    trained = sum(size for path, size in sizes.items() if path[0] in train_names)
+    flops = train_flops_per_token(
+        matmul_params=sum(sizes.values()), trained_matmul_params=trained, **_attention(bound, length)
+    )
+    if reference is None:
+        return flops
+    return flops + forward_flops_per_token(
+        matmul_params=sum(_matrices(reference).values()), **_attention(reference, length)
     )
 
 
+def _matrices(bound: Bound) -> dict[tuple[str, ...], int]:
+    """Sizes of what multiplies a token: kernels and low-rank factors, and the tied head once."""
+    shapes = flatten_dict(jax.eval_shape(lambda rng: bound.init(rng), jax.random.key(0)))
+    sizes = {path: leaf.value.size for path, leaf in shapes.items() if path[-1] not in ("scale", "bias")}
+    if not bound.model.config.tie_embeddings:
+        del sizes["params", "embed", "embedding"]
+    return sizes
+
+
+def _attention(bound: Bound, length: int) -> dict[str, int]:
+    shape = bound.model.config
+    width = shape.num_heads * shape.head_dim
+    return {"num_layers": shape.num_layers, "attention_width": width, "sequence_length": length}
+
+
 def _save_result(setup: Setup, bound: Bound, variables: Variables) -> None:
-    """`final/`: a Hugging Face directory, or an adapter where no stage trained the model itself."""
+    """`final/`: a Hugging Face directory, or an adapter where the only tuner is all that was trained.
+
+    Tuners that can't be merged into the weights go beside them, into `final/tuners/`.
+    """
     about, place, stages = setup.about, setup.workdir / "final", setup.config.stages
     full = any("params" in trained_collections(stage, setup.bind(stage.tuners).tuners) for stage in stages)
-    if full or [chosen.name for chosen in stages[-1].tuners] != ["lora"]:
-        params = merge(bound, variables)
-        weights.export(place, about.config, params, about.tokenizer, generation_config=about.generation_config)
-    else:
-        (chosen,), (tuner,) = stages[-1].tuners, bound.tuners
-        adapter = variables[tuner.collection]
-        weights.write_adapter(place, chosen, adapter, base=setup.config.model.source, tokenizer=about.tokenizer)
+    tuners = list(zip(stages[-1].tuners, bound.tuners))
+    if not full and len(tuners) == 1:
+        _save_tuner(setup, place, *tuners[0], variables, base=setup.config.model.source)
+        return
+    merged = Bound(bound.model, tuple(tuner for tuner in bound.tuners if tuner.merge))
+    params = merge(merged, variables)
+    weights.export(place, about.config, params, about.tokenizer, generation_config=about.generation_config)
+    for chosen, tuner in tuners:
+        if not tuner.merge:
+            _save_tuner(setup, place / weights.TUNERS / tuner.collection, chosen, tuner, variables, base="../..")
+
+
+def _save_tuner(setup: Setup, place: epath.Path, chosen: ConfigDict, tuner: Tuner, variables, *, base: str) -> None:
+    options = {key: value for key, value in thaw(chosen).items() if key not in ("name", "collection")}
+    adapter = weights.Adapter(chosen.name, *plain(tuner, options, variables))
+    weights.write_adapter(place, adapter, base=base, config=setup.about.config, tokenizer=setup.about.tokenizer)
 
 
 def _evaluate(setup: Setup, bound: Bound, variables: Variables, when: str) -> dict[str, EvalResult]:

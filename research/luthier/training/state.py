@@ -78,14 +78,18 @@ def split(variables: Variables, train: Sequence[str]) -> tuple[dict, dict]:
 def init_variables(bound: Bound, sharder: Sharder, seed: int, known: Variables) -> dict[str, Any]:
     """All variables of a bound model: the known collections as given, the others freshly initialised.
 
-    Initial values depend on `seed` alone, not on the mesh.
+    Initial values depend on `seed`, and where a tuner says so on the weights, not on the mesh.
     """
     rng = jax.random.key(seed)
     boxed = jax.eval_shape(bound.init, rng)
     fresh = [name for name in boxed if name not in known]
     shardings = {name: sharder.tree(boxed[name]) for name in fresh}
     made = jax.jit(lambda rng: {name: nn.unbox(bound.init(rng)[name]) for name in fresh}, out_shardings=shardings)(rng)
-    return {name: known[name] if name in known else made[name] for name in boxed}
+    variables = {name: known[name] if name in known else made[name] for name in boxed}
+    if not any(tuner.start and tuner.collection in fresh for tuner in bound.tuners):
+        return variables
+    started = jax.jit(lambda v: {name: bound.start(v, fresh)[name] for name in fresh}, out_shardings=shardings)
+    return {**variables, **started(variables)}
 
 
 def init_state(

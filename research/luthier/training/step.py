@@ -1,6 +1,6 @@
 """The one train step: every objective, tuner and optimiser goes through it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,9 @@ from luthier.tuners import Bound
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
 Step = Callable[[TrainState, Variables, Batch], tuple[TrainState, Metrics]]
+Transform = Callable[[Batch, jax.Array, jax.Array], Batch]
+
+_TRANSFORMS = 1 << 30  # folded into the key of a step: the transforms' draws are their own
 
 
 def make_step(
@@ -26,6 +29,7 @@ def make_step(
     micro_batches: int = 1,
     clip_norm: float = 0.0,
     ema: float = 0.0,
+    transforms: Sequence[Transform] = (),
     seed: int = 0,
 ) -> Step:
     """`(state, frozen, batch) -> (state, metrics)`, to be jitted with the state donated.
@@ -40,9 +44,10 @@ def make_step(
       micro_batches: the batch is run in so many equal parts, one after another.
       clip_norm: largest global norm of the gradient; 0 switches clipping off.
       ema: decay of the moving average; 0 if the state has none.
+      transforms: `(batch, rng, step) -> batch`, applied in order before the loss.
       seed: random numbers are keyed by (seed, step, global token id).
     """
-    gradients = make_gradients(bound, objective, micro_batches=micro_batches, seed=seed)
+    gradients = make_gradients(bound, objective, micro_batches=micro_batches, transforms=transforms, seed=seed)
 
     def step(state: TrainState, frozen: Variables, batch: Batch) -> tuple[TrainState, Metrics]:
         scale = 1.0 if state.loss_scale is None else state.loss_scale.factor
@@ -85,7 +90,14 @@ def make_step(
     return step
 
 
-def make_gradients(bound: Bound, objective: Objective, *, micro_batches: int = 1, seed: int = 0) -> Callable:
+def make_gradients(
+    bound: Bound,
+    objective: Objective,
+    *,
+    micro_batches: int = 1,
+    transforms: Sequence[Transform] = (),
+    seed: int = 0,
+) -> Callable:
     """`(trainable, frozen, batch, step, scale=1) -> (loss, gradients, metrics)`, exact under accumulation.
 
     The backward pass runs on `scale` times the loss; what is returned is unscaled.
@@ -93,8 +105,10 @@ def make_gradients(bound: Bound, objective: Objective, *, micro_batches: int = 1
 
     def gradients(trainable: Variables, frozen: Variables, batch: Batch, step: jax.Array, scale=1.0):
         batch = {**batch, "token_ids": _token_ids(batch["tokens"])}
-        count = jnp.maximum(objective.count(batch), 1)
         rng = jax.random.fold_in(jax.random.key(seed), step)
+        for number, transform in enumerate(transforms):
+            batch = transform(batch, jax.random.fold_in(jax.random.fold_in(rng, _TRANSFORMS), number), step)
+        count = jnp.maximum(objective.count(batch), 1)
 
         def loss(trainable, part):
             total, sums = objective.sums(bound, {**frozen, **trainable}, part, rng)

@@ -7,8 +7,8 @@ the interceptor inside each call, so tracing, rematerialisation and custom gradi
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -21,27 +21,57 @@ Variables = Mapping[str, Any]
 Transform = Callable[[nn.Module, Callable, tuple, Mapping[str, Any]], Any]
 
 
+class Reparameterisation(NamedTuple):
+    """Other numbers that are trained in place of those that the sites read.
+
+    Attributes:
+      init: `(rng, what the sites read) -> what is trained`, leaves boxed with their logical axes.
+      apply: `(what is trained) -> what the sites read`.
+    """
+
+    init: Callable[[jax.Array, Variables], Variables]
+    apply: Callable[[Variables], Variables]
+
+
 @dataclasses.dataclass(frozen=True)
 class Tuner:
     """One way to make a model trainable.
 
     Attributes:
       name: for messages.
-      collection: where its variables live; one tuner each.
+      collection: where the numbers it trains live; one tuner each.
       patterns: regular expressions matched against the whole path of a site, such as
         `layers/attention/q`.
-      site: the class of module it can wrap; other modules on a matching path are left alone.
+      site: the classes of module it can wrap; other modules on a matching path are left alone.
       transform: `(site, call, args, kwargs) -> result`, where `call(*args, **kwargs)` is the site
         without this tuner.
-      merge: `(params, variables) -> params` where the tuner can be folded into the weights.
+      merge: `variables -> params` where the tuner can be folded into the weights.
+      frozen: collections of numbers that it reads and never trains.
+      start: `variables -> its own collections`, where their start depends on the weights.
+      plain: `variables -> (options, collection)` where not all options and numbers are needed once
+        it is trained: those that say the same with the collection alone. `options` are the changed ones.
+      through: numbers that are trained in place of those that the sites read.
+      prompt_length: placeholders (`prompt_slots`) that it fills in front of each example.
+      prompts: how many soft prompts it has.
     """
 
     name: str
     collection: str
     patterns: tuple[str, ...]
-    site: type[nn.Module]
+    site: type[nn.Module] | tuple[type[nn.Module], ...]
     transform: Transform
-    merge: Callable[[Variables, Variables], Variables] | None = None
+    merge: Callable[[Variables], Variables] | None = None
+    frozen: tuple[str, ...] = ()
+    start: Callable[[Variables], Variables] | None = None
+    plain: Callable[[Variables], tuple[Mapping[str, Any], Variables]] | None = None
+    through: Reparameterisation | None = None
+    prompt_length: int = 0
+    prompts: int = 0
+
+    @property
+    def collections(self) -> tuple[str, ...]:
+        """Everything of its own: trained, then frozen."""
+        return (self.collection, *self.frozen)
 
     def matches(self, module: nn.Module) -> bool:
         path = "/".join(module.path)
@@ -54,6 +84,11 @@ class Bound:
 
     model: Transformer
     tuners: tuple[Tuner, ...] = ()
+
+    @property
+    def prompt_tuner(self) -> Tuner | None:
+        """The one that fills the placeholders of a soft prompt."""
+        return next((tuner for tuner in self.tuners if tuner.prompt_length), None)
 
     def init(self, rng: jax.Array) -> Variables:
         """Fresh variables, leaves boxed with their logical axes; call under `jax.eval_shape` for shapes.
@@ -72,6 +107,17 @@ class Bound:
                     where=f"tuner {name}",
                     mend="Sites are paths such as layers/attention/q, layers/mlp/up, head",
                 )
+        for tuner in self.tuners:
+            if tuner.through:
+                made = tuner.through.init(jax.random.fold_in(rng, 1), variables[tuner.collection])
+                variables = {**variables, tuner.collection: made}
+        return variables
+
+    def start(self, variables: Variables, fresh: Collection[str]) -> Variables:
+        """`variables` where the fresh collections have what their tuners take from the weights."""
+        for tuner in self.tuners:
+            if tuner.start and tuner.collection in fresh:
+                variables = {**variables, **tuner.start(variables)}
         return variables
 
     def hidden(
@@ -110,7 +156,12 @@ class Bound:
         with nn.intercept_methods(intercept):
             if variables is None:
                 return self.model.init(rngs, *args, method=method)
-            return self.model.apply(variables, *args, rngs=rngs, method=method)
+            return self.model.apply(self._read(variables), *args, rngs=rngs, method=method)
+
+    def _read(self, variables: Variables) -> Variables:
+        """What the sites read."""
+        there = [t for t in self.tuners if t.through and t.collection in variables]
+        return {**variables, **{t.collection: t.through.apply(variables[t.collection]) for t in there}}
 
 
 def _wrapped(tuner: Tuner, module: nn.Module, call: Callable) -> Callable:
@@ -121,17 +172,20 @@ def bind(model: Transformer, tuners: Sequence[Tuner] = ()) -> Bound:
     """Joins a model and its tuners; later tuners wrap earlier ones.
 
     Raises:
-      LuthierError: if two tuners want the same collection, or one wants `params`.
+      LuthierError: if two tuners want the same collection, or one wants `params` or `reference`.
     """
-    taken = ["params"]
+    taken = ["params", "reference"]
     for tuner in tuners:
-        if tuner.collection in taken:
-            raise LuthierError(
-                f"collection {tuner.collection!r} is taken",
-                where=f"tuner {tuner.name}",
-                mend="Give this tuner another collection",
-            )
-        taken.append(tuner.collection)
+        for collection in tuner.collections:
+            if collection in taken:
+                raise LuthierError(
+                    f"collection {collection!r} is taken",
+                    where=f"tuner {tuner.name}",
+                    mend="Give this tuner another collection",
+                )
+            taken.append(collection)
+    if len(soft := [tuner.name for tuner in tuners if tuner.prompt_length]) > 1:
+        raise LuthierError(f"{' and '.join(soft)} both fill the placeholders of a soft prompt", where="stage.tuners")
     return Bound(model, tuple(tuners))
 
 
@@ -141,9 +195,20 @@ def merge(bound: Bound, variables: Variables) -> Variables:
     Raises:
       LuthierError: if a tuner cannot be merged.
     """
-    params = variables["params"]
     for tuner in bound.tuners:
         if tuner.merge is None:
             raise LuthierError("this tuner has no exact merge", where=f"tuner {tuner.name}")
-        params = tuner.merge(params, variables[tuner.collection])
-    return params
+        variables = {**variables, "params": tuner.merge(variables)}
+    return variables["params"]
+
+
+def plain(tuner: Tuner, options: Mapping[str, Any], variables: Variables) -> tuple[dict[str, Any], Variables]:
+    """What of a tuner is worth saving: options and numbers that say the same with one collection.
+
+    Args:
+      options: those that `tuner` was made with.
+    """
+    if tuner.plain is None:
+        return dict(options), variables[tuner.collection]
+    changed, numbers = tuner.plain(variables)
+    return {**options, **changed}, numbers

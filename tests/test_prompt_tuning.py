@@ -1,0 +1,219 @@
+"""Soft prompts: vectors of a prompt are worth what the embeddings of extra tokens are, packed, trained and decoded."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_policy
+import tiny_run
+import tiny_training
+
+import luthier
+from luthier import config as configs
+from luthier import weights
+from luthier.data import batches
+from luthier.decoding import Sampling, from_source, generate, score
+from luthier.errors import LuthierError
+from luthier.models import Transformer
+from luthier.objectives import TokenLoss, token_objective
+from luthier.objectives.sft import sft
+from luthier.training.state import init_variables
+from luthier.training.step import make_gradients
+from luthier.tuners import bind
+from luthier.tuners.prompt_tuning import prompt_tuning
+
+LENGTH, PROMPTS = 3, 2
+
+
+def with_prompts(**options):
+    """(a policy with two soft prompts, one whose vocabulary has their vectors as further tokens)."""
+    plain = tiny_policy.policy()
+    model, params = plain.bound.model, plain.variables["params"]
+    vectors = np.random.default_rng(1).standard_normal((LENGTH * PROMPTS, model.config.hidden_size)).astype(np.float32)
+    bound = bind(model, [prompt_tuning(length=LENGTH, prompts=PROMPTS, **options)])
+    soft = dataclasses.replace(
+        plain, bound=bound, variables={"params": params, "prompt": {"inputs": {"vectors": jnp.asarray(vectors)}}}
+    )
+    wide = dataclasses.replace(model.config, vocab_size=model.config.vocab_size + len(vectors))
+    embedding = jnp.concatenate([params["embed"]["embedding"], vectors])
+    kernel = jnp.pad(params["head"]["kernel"], ((0, 0), (0, len(vectors))))
+    extended = {**params, "embed": {"embedding": embedding}, "head": {"kernel": kernel}}
+    return soft, dataclasses.replace(plain, bound=bind(Transformer(wide, remat="none")), variables={"params": extended})
+
+
+def extra_tokens(policy, number):
+    """Tokens of the wide vocabulary that are prompt `number`."""
+    first = policy.bound.model.config.vocab_size + number * LENGTH
+    return list(range(first, first + LENGTH))
+
+
+def write_records(folder, count=12):
+    files = []
+    for task in range(PROMPTS):
+        files.append(folder / f"{task}.jsonl")
+        rows = [{"prompt": f"{task}{i}" * (1 + i % 3), "completion": f" {i * i}"} for i in range(count)]
+        files[-1].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return files
+
+
+def packed(folder, tokenizer, prompt_length, sequence_length):
+    """A batch of a mixture of two tasks, each with its own prompt."""
+    data = tuple(configs.data(str(file), prompt=task) for task, file in enumerate(write_records(folder)))
+    return batches.build(
+        data,
+        tokenizer=tokenizer,
+        sequence_length=sequence_length,
+        batch_size=4,
+        seed=0,
+        prompt_length=prompt_length,
+        cache_dir=folder / "cache",
+    )
+
+
+def segments(rows):
+    """(tokens, targets, weights, slots) of every example."""
+    for row in range(len(rows["tokens"])):
+        for segment in range(1, rows["segment_ids"][row].max() + 1):
+            mine = rows["segment_ids"][row] == segment
+            assert rows["positions"][row][mine].tolist() == list(range(mine.sum()))
+            yield tuple(rows[key][row][mine].tolist() for key in ("tokens", "targets", "loss_weights", "prompt_slots"))
+
+
+def test_every_packed_example_has_its_own_tasks_prompt(tmp_path):
+    tokenizer = tiny_policy.tokenizer()
+    made = packed(tmp_path, tokenizer, LENGTH, 48)
+    found = {}
+    for step in range(made.rows_per_epoch // 4):
+        rows = made.rows(step)
+        assert not (rows["prompt_slots"][rows["segment_ids"] == 0] >= 0).any()
+        for tokens, targets, loss_weights, slots in segments(rows):
+            text = tokenizer.decode(tokens[LENGTH:])
+            task = int(text[0])
+            assert slots == [task * LENGTH + i for i in range(LENGTH)] + [-1] * (len(tokens) - LENGTH)
+            assert targets[LENGTH - 1 : -1] == tokens[LENGTH:] and not any(loss_weights[:LENGTH])
+            found[text] = (tokens[LENGTH:], loss_weights[LENGTH:])
+    without = packed(tmp_path, tokenizer, 0, 48)
+    assert "prompt_slots" not in without.rows(0) and without.fingerprint != made.fingerprint
+    plain = {}
+    for step in range(without.rows_per_epoch // 4 + 1):
+        rows = without.rows(step) | {"prompt_slots": without.rows(step)["tokens"] * 0}
+        plain |= {tokenizer.decode(tokens): (tokens, kept) for tokens, _, kept, _ in segments(rows)}
+    assert len(found) >= 12 and all(plain[text] == example for text, example in found.items())
+
+
+def test_prompts_are_worth_tokens(tmp_path):
+    """Loss and gradients of packed examples, in weights and prompts, are those of the wide vocabulary."""
+    soft, wide = with_prompts()
+    rows = packed(tmp_path, soft.tokenizer, LENGTH, 48).rows(0)
+    size = soft.bound.model.config.vocab_size
+    slots = rows["prompt_slots"]
+    spelled = {key: x for key, x in rows.items() if key != "prompt_slots"}
+    spelled["tokens"] = np.where(slots >= 0, size + slots, rows["tokens"])
+    # The tokens that only the wide vocabulary has are left out of its softmax.
+    loss_fn = lambda logits, tok, keys: sft().token_fn(logits[:, :size], tok, keys)  # noqa: E731
+    objective = token_objective(TokenLoss(loss_fn), tiny_training.SHARDER)
+    run = lambda policy, batch: make_gradients(policy.bound, objective)(policy.variables, {}, batch, jnp.int32(0))  # noqa: E731
+    (loss, gradients, _), (expected_loss, expected, _) = run(soft, rows), run(wide, spelled)
+    assert float(loss) == pytest.approx(float(expected_loss), abs=1e-5)
+    embedding = expected["params"]["embed"]["embedding"]
+    pairs = [
+        (gradients["prompt"]["inputs"]["vectors"], embedding[size:]),
+        (gradients["params"]["embed"]["embedding"], embedding[:size]),
+        (gradients["params"]["layers"], expected["params"]["layers"]),
+    ]
+    for got, wanted in pairs:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, wanted)
+    assert np.abs(pairs[0][0]).max() > 1e-4
+
+
+@pytest.mark.parametrize("number", [1, None])
+def test_decoding_with_a_prompt(number):
+    soft, wide = with_prompts()
+    soft, prompts = soft.with_prompt(number), ["a", "The quick brown fox"]
+    size = soft.bound.model.config.vocab_size
+    before = [] if number is None else extra_tokens(soft, number)
+    made = generate(soft, prompts, Sampling(max_new_tokens=3), batch_size=4)
+    for prompt, generation in zip(prompts, made):
+        tokens = [*before, *soft.encode(prompt)]
+        for token in generation.token_ids:
+            row = np.asarray(tokens)[None]
+            batch = {"tokens": row, "positions": np.arange(row.size)[None], "segment_ids": np.ones_like(row)}
+            hidden, _ = wide.bound.hidden(wide.variables, batch)
+            logits = wide.bound.unembed(wide.variables, hidden[0, -1])[:size]
+            assert token == int(jnp.argmax(logits))
+            tokens.append(token)
+    pairs = [{"prompt": p, "completion": soft.decode(g.token_ids)} for p, g in zip(prompts, made)]
+    pairs = [pair for pair in pairs if pair["completion"]]
+    scored = score(soft, pairs, batch_size=4)
+    again = score(soft, pairs, batch_size=1)
+    assert pairs and all(abs(a.logprob - b.logprob) < 1e-4 for a, b in zip(scored, again))
+
+
+@pytest.mark.parametrize("init", ["uniform", "uniform_positive", "vocabulary"])
+def test_starts(init):
+    tuner = prompt_tuning(length=50, init=init, scale=0.5, tokens=(7, 9))
+    policy = tiny_policy.policy()
+    bound = bind(policy.bound.model, [tuner])
+    variables = init_variables(bound, tiny_training.SHARDER, 0, {"params": policy.variables["params"]})
+    vectors, embedding = np.asarray(variables["prompt"]["inputs"]["vectors"]), policy.variables["params"]["embed"]
+    np.testing.assert_array_equal(vectors[:2], embedding["embedding"][np.array([7, 9])])
+    rest = vectors[2:]
+    if init == "vocabulary":
+        assert all((row == np.asarray(embedding["embedding"])).all(-1).any() for row in rest)
+    else:
+        low = -0.5 if init == "uniform" else 0.0
+        assert rest.min() == pytest.approx(low, abs=0.02) and rest.max() == pytest.approx(0.5, abs=0.02)
+
+
+STAGES = """
+    c.stage(name="prompt", data=DATA, steps=3, batch_size=4, sequence_length=64, tuners=(SOFT,),
+            optimizer=c.spec("adafactor"), schedule=c.spec("constant", peak=0.3)),
+    c.stage(name="model", data=DATA, steps=3, batch_size=4, sequence_length=64, tuners=(SOFT,), train=("params",),
+            schedule=c.spec("constant", peak=1e-3)),
+""".replace("SOFT", 'c.spec("prompt_tuning", length=4)')
+
+
+def test_the_stages_of_promot_leave_what_they_do_not_train(tmp_path, monkeypatch):
+    """Stage 1 leaves the model, stage 2 the prompt, bit by bit."""
+    monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "cache"))
+    file = tiny_run.write_run(tmp_path, STAGES.strip().rstrip(","))
+    recipe = configs.load(str(file))
+    both = luthier.train(recipe, tmp_path / "both").policy.variables
+    tuned = configs.from_json(configs.to_json(recipe))
+    with tuned.unlocked():
+        tuned.stages = recipe.stages[:1]
+    first = luthier.train(tuned, tmp_path / "first").policy.variables
+    start = weights.load(str(tmp_path / "model")).params
+    jax.tree.map(np.testing.assert_array_equal, first["params"], start)
+    np.testing.assert_array_equal(both["prompt"]["inputs"]["vectors"], first["prompt"]["inputs"]["vectors"])
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), both["params"], start)
+    assert min(jax.tree.leaves(moved["layers"]["mlp"])) > 0
+    # What was saved: a prompt for PEFT, or the model with its prompt beside it, which is attached when it is asked.
+    for workdir, expected in ((tmp_path / "first", first), (tmp_path / "both", both)):
+        saved = from_source(str(workdir))
+        assert saved.prompt_slots == (0, 1, 2, 3) and saved.with_prompt(None).prompt_slots == ()
+        (collection,) = saved.variables.keys() - {"params"}
+        jax.tree.map(np.testing.assert_array_equal, saved.variables["params"], expected["params"])
+        jax.tree.map(np.testing.assert_array_equal, saved.variables[collection], expected["prompt"])
+    settings = json.loads((tmp_path / "both/final/tuners/prompt/adapter_config.json").read_text())
+    assert settings["peft_type"] == "PROMPT_TUNING" and settings["num_virtual_tokens"] == 4
+    alone = from_source(str(tmp_path / "both/final/tuners/prompt"))
+    assert len(alone.bound.tuners) == 1
+
+
+@pytest.mark.parametrize(
+    "override, told",
+    [
+        ("stages[0].data.prompt=1", "data\\[0\\].prompt is 1"),
+        ("stages[0].sequence_length=4", "no room in 4 tokens"),
+        ("stages[1].tuners=()", "hands on prompt"),
+    ],
+)
+def test_mistakes(tmp_path, monkeypatch, override, told):
+    monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "cache"))
+    file = tiny_run.write_run(tmp_path, STAGES.strip().rstrip(","), examples=8)
+    with pytest.raises(LuthierError, match=told):
+        luthier.train(configs.load(str(file), [override]), tmp_path / "run")

@@ -1,0 +1,468 @@
+"""Tuners against PEFT's own outputs and gradients (goldens/make_peft_tuners.py) and against their formulas."""
+
+import dataclasses
+import functools
+import json
+import re
+
+import hf_layout
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_policy
+import tiny_training
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from luthier.decoding import Sampling, generate
+from luthier.errors import LuthierError
+from luthier.models import Transformer, attention
+from luthier.parallel import Sharder
+from luthier.training.state import init_variables
+from luthier.tuners import bind, merge, plain
+from luthier.tuners.adapter import adapter
+from luthier.tuners.ia3 import ia3
+from luthier.tuners.lofit import lofit, strongest
+from luthier.tuners.lora import lora
+from luthier.tuners.prefix import prefix, prefix_of
+
+GOLDENS = hf_layout.GOLDENS / "peft_tuners"
+LLAMA, QWEN, GEMMA = "llama_gqa_tied", "qwen2", "gemma3_text"
+TUNERS = {
+    "ia3": (LLAMA, ia3()),
+    "ia3_bias": (QWEN, ia3()),
+    "dora": (LLAMA, lora(rank=4, alpha=8.0, dora=True)),
+    "dora_bias": (QWEN, lora(rank=2, alpha=3.0, dora=True, patterns=("layers/attention/k",))),
+    "pissa": (LLAMA, lora(rank=4, alpha=8.0, init="pissa")),
+    "prefix": (LLAMA, prefix(length=5)),
+    "prefix_mlp": (LLAMA, prefix(length=3, hidden=12)),
+    "prefix_window": (GEMMA, prefix(length=5)),
+}
+HEADS = ((0, 1), (2, 3))
+# Tuners that PEFT lacks, all at once; without noise they start at the frozen model.
+OURS = (
+    adapter(size=6),
+    adapter(size=6, placement="parallel", activation="gelu", collection="beside"),
+    lofit(heads=HEADS, std=0.0),
+)
+
+
+@functools.cache
+def model(family: str, remat: str = "dots"):
+    config, params = hf_layout.load(hf_layout.GOLDENS / "families" / family)
+    return Transformer(config, remat=remat), jax.tree.map(jnp.asarray, params)
+
+
+@functools.partial(jax.jit, static_argnames="bound")
+def forward(variables, batch, *, bound):
+    return bound.unembed(variables, bound.hidden(variables, batch)[0])
+
+
+@functools.partial(jax.jit, static_argnames="bound")
+def with_gradients(trained, frozen, batch, *, bound):
+    """Logits, loss, and gradients of the trained collections."""
+
+    def loss_of(trained):
+        logits = forward({**frozen, **trained}, batch, bound=bound)
+        chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), batch["targets"][..., None], axis=-1)[..., 0]
+        return -jnp.sum(batch["loss_weights"] * chosen) / jnp.sum(batch["loss_weights"]), logits
+
+    (loss, logits), gradients = jax.value_and_grad(loss_of, has_aux=True)(trained)
+    return logits, loss, gradients
+
+
+def run(bound, variables, batch):
+    names = [tuner.collection for tuner in bound.tuners]
+    frozen = {name: tree for name, tree in variables.items() if name not in names}
+    return with_gradients({name: variables[name] for name in names}, frozen, batch, bound=bound)
+
+
+@functools.cache
+def started(bound, family):
+    return init_variables(bound, tiny_training.SHARDER, 0, {"params": model(family)[1]})
+
+
+def shaken(variables, bound, scale=0.1, seed=1):
+    """The tuners' trained numbers moved away from their start."""
+    rng = np.random.default_rng(seed)
+    move = lambda x: x + scale * rng.standard_normal(x.shape).astype(x.dtype)  # noqa: E731
+    return {**variables, **{t.collection: jax.tree.map(move, variables[t.collection]) for t in bound.tuners}}
+
+
+def example(expected):
+    is_label = np.concatenate([np.zeros((len(expected["weights"]), 1)), expected["weights"]], axis=1)
+    return tiny_training.unpacked(expected["tokens"], is_label)
+
+
+def close(got, want, tolerance=1e-5):
+    """Relative L2 of every leaf."""
+    got, want = flatten_dict(got, sep="/"), flatten_dict(want, sep="/")
+    assert got.keys() == want.keys()
+    for path, x in want.items():
+        assert np.shape(got[path]) == np.shape(x), path
+        assert np.linalg.norm(x) > 1e-4, path
+        assert np.linalg.norm(got[path] - x) <= tolerance * np.linalg.norm(x), path
+
+
+# PEFT's layouts written out by hand; nothing of luthier.weights is used.
+
+
+def turned(family: str, keys: np.ndarray, by: int) -> np.ndarray:
+    """Keys `[L, n, K, D]` of tokens `by` positions later: (x_i, x_{i + D/2}) turn by `by` × frequency."""
+    hf = json.loads((hf_layout.GOLDENS / "families" / family / "config.json").read_text())
+    ropes = (
+        [hf["rope_parameters"].get(kind, hf["rope_parameters"]) for kind in hf["layer_types"]]
+        if ("layer_types" in hf)
+        else [hf["rope_parameters"]] * hf["num_hidden_layers"]
+    )
+    half = keys.shape[-1] // 2
+    out = []
+    for rope, layer in zip(ropes, keys, strict=True):
+        frequencies = rope["rope_theta"] ** (-np.arange(half) / half) / rope.get("factor", 1.0)
+        pairs = (layer[..., :half] + 1j * layer[..., half:]) * np.exp(1j * by * frequencies)
+        out.append(np.concatenate([pairs.real, pairs.imag], axis=-1))
+    return np.stack(out).astype(keys.dtype)
+
+
+def from_peft(name: str, arrays: dict[str, np.ndarray]) -> dict:
+    """PEFT's tensors, or gradients of them, as the collection of the tuner."""
+    family, tuner = TUNERS[name]
+    if name.startswith("prefix"):
+        config = model(family)[0].config
+        length = {"prefix": 5, "prefix_mlp": 3, "prefix_window": 5}[name]
+
+        def pairs(rows):
+            """`[n, L · 2 · K · D]` as `[L, 2, n, K, D]`, keys turned back."""
+            rows = rows.reshape(len(rows), config.num_layers, 2, config.num_kv_heads, config.head_dim)
+            kv = rows.transpose(1, 2, 0, 3, 4)
+            return np.stack([turned(family, kv[:, 0], -length), kv[:, 1]], axis=1)
+
+        found = {key.partition("prompt_encoder.")[2]: array for key, array in arrays.items()}
+        if name != "prefix_mlp":
+            (rows,) = found.values()
+            return {"layers": {"attention": {"attend": {"kv": pairs(rows)}}}}
+        return {
+            "rows": found["embedding.weight"],
+            "w1": found["transform.0.weight"].T,
+            "b1": found["transform.0.bias"],
+            "w2": pairs(found["transform.2.weight"].T).transpose(2, 0, 1, 3, 4),
+            "b2": pairs(found["transform.2.bias"][None])[:, :, 0],
+        }
+    layers = {}
+    for key, array in arrays.items():
+        pattern = r"layers\.(\d+)\.(self_attn|mlp)\.(\w+)_proj\.(lora_A|lora_B|lora_magnitude_vector|ia3_l)"
+        layer, block, module, kind = re.search(pattern, key).groups()
+        block = {"self_attn": "attention", "mlp": "mlp"}[block]
+        if kind == "ia3_l":
+            path, array = (block, "inner" if module == "down" else module, "scale"), array.ravel()
+        else:
+            path = (block, module, {"lora_A": "a", "lora_B": "b", "lora_magnitude_vector": "m"}[kind])
+        layers.setdefault(("layers", *path), {})[int(layer)] = array.T
+    return unflatten_dict({path: np.stack([x[i] for i in sorted(x)]) for path, x in layers.items()})
+
+
+def part(expected, prefix):
+    return {key.removeprefix(prefix): array for key, array in expected.items() if key.startswith(prefix)}
+
+
+@functools.cache
+def case(name: str):
+    """(bound, variables with PEFT's numbers, what PEFT says, batch)."""
+    family, tuner = TUNERS[name]
+    transformer, params = model(family)
+    bound = bind(transformer, [tuner])
+    expected = dict(np.load(GOLDENS / name / "expected.npz"))
+    numbers = part(expected, "value/") or hf_layout.read_safetensors(GOLDENS / name / "adapter_model.safetensors")
+    variables = {**started(bound, family), tuner.collection: from_peft(name, numbers)}
+    if start := part(expected, "start/"):  # to the sign, and where singular values lie close a singular vector is any
+        variables["lora_start"] = from_peft(name, start)
+    return bound, variables, expected, example(expected)
+
+
+@pytest.mark.parametrize("name", TUNERS)
+def test_outputs_and_counts_equal_peft(name):
+    bound, variables, expected, batch = case(name)
+    if name in ("ia3", "dora", "pissa", "prefix", "prefix_mlp"):
+        logits, loss, gradients = run(bound, variables, batch)
+        assert abs(float(loss) - expected["loss"]) < 1e-5
+        (collection,) = gradients
+        close(gradients[collection], from_peft(name, part(expected, "grad/")))
+    else:
+        logits = forward(variables, batch, bound=bound)
+    np.testing.assert_allclose(logits, expected["logits"], rtol=1e-5, atol=3e-5)
+    collection = bound.tuners[0].collection
+    fresh = started(bound, TUNERS[name][0])[collection]
+    assert jax.tree.map(jnp.shape, fresh) == jax.tree.map(jnp.shape, variables[collection])
+    assert sum(x.size for x in jax.tree.leaves(fresh)) == expected["count"]
+    if bound.tuners[0].merge:
+        merged = forward({"params": merge(bound, variables)}, batch, bound=bind(bound.model))
+        np.testing.assert_allclose(merged, expected["merged_logits"], rtol=1e-5, atol=3e-5)
+
+
+def test_pissa_starts_at_pefts_triplets():
+    """Up to the sign of each; what is saved is a plain LoRA of twice the rank."""
+    bound, variables, expected, batch = case("pissa")
+    fresh = started(bound, LLAMA)
+    theirs = flatten_dict(from_peft("pissa", part(expected, "start/")))
+    for path, ours in flatten_dict(fresh["lora"]).items():
+        np.testing.assert_allclose(np.abs(ours), np.abs(theirs[path]), atol=2e-4)
+        np.testing.assert_array_equal(ours, flatten_dict(fresh["lora_start"])[path])
+    options, numbers = plain(bound.tuners[0], {"rank": 4, "alpha": 8.0, "init": "pissa"}, variables)
+    saved = bind(bound.model, [lora(**options)])
+    logits = forward({"params": variables["params"], "lora": numbers}, batch, bound=saved)
+    np.testing.assert_allclose(logits, expected["logits"], rtol=1e-5, atol=3e-5)
+
+
+@pytest.mark.parametrize("name", ["ia3", "dora", "pissa", "ours"])
+def test_training_starts_at_the_frozen_model(name):
+    """… and every number moves it."""
+    transformer, params = model(LLAMA)
+    batch = case("ia3")[3]
+    bound = bind(transformer, OURS) if name == "ours" else case(name)[0]
+    fresh = started(bound, LLAMA)
+    base = forward({"params": params}, batch, bound=bind(transformer))
+    np.testing.assert_allclose(run(bound, fresh, batch)[0], base, rtol=1e-5, atol=3e-5)
+    moved, _, gradients = run(bound, shaken(fresh, bound), batch)
+    assert np.abs(moved - base).max() > 1e-2
+    assert all(np.linalg.norm(g) > 1e-4 for g in jax.tree.leaves(gradients))
+    if name == "ours":
+        for g in jax.tree.leaves(gradients["lofit"]):
+            assert tuple(map(tuple, np.argwhere(np.abs(g).sum(axis=-1)))) == HEADS
+
+
+def test_what_is_saved_of_chosen_heads():
+    """All heads, and zeros for the others."""
+    tuner = OURS[-1]
+    variables = shaken(started(bind(model(LLAMA)[0], OURS), LLAMA), bind(model(LLAMA)[0], [tuner]))
+    options, numbers = plain(tuner, {"std": 0.0, "heads": HEADS}, variables)
+    assert options == {"std": 0.0, "heads": ()}
+    for path, x in flatten_dict(numbers).items():
+        np.testing.assert_array_equal(x[0, 1], flatten_dict(variables["lofit"])[path][0, 1])
+        assert tuple(map(tuple, np.argwhere(np.abs(x).sum(axis=-1)))) == HEADS
+
+
+# The unified view (arXiv 2110.04366, table 1): each form as Δh of what a branch, a map or a head gives, written
+# down in numpy with a Llama around it, one unpacked segment at a time.
+
+
+def bottleneck(scale, f=lambda x: np.maximum(x, 0)):
+    return lambda z, n: scale * (f(z @ n["w_down"] + n["b_down"]) @ n["w_up"] + n["b_up"])
+
+
+def gated(q, k, v, seen, kv):
+    """(1 − λ) attention + λ softmax(q P_kᵀ) P_v, with λ the prefix's share of the weights."""
+    both = [np.where(see, np.einsum("thd,shd->hts", q, keys), -np.inf) for keys, see in ((kv[0], True), (k, seen))]
+    sums = [np.exp(x).sum(-1, keepdims=True) for x in both]
+    share = sums[0] / (sums[0] + sums[1])
+    own, prefixed = (np.einsum("hts,shd->thd", softmax(x), values) for x, values in zip(both, (kv[1], v)))
+    share = share[..., 0].T[..., None]
+    return (1 - share) * prefixed + share * own
+
+
+FORMS = {
+    "mam": (  # a prefix on attention, a scaled parallel adapter on the MLP
+        [prefix(length=4), adapter(size=6, placement="parallel", scale=4.0, patterns=("layers/mlp",))],
+        {"attend": gated, "beside": bottleneck(4.0)},
+    ),
+    "sequential adapters, low rank beside maps, heads": (
+        [adapter(size=6), lora(rank=3, alpha=6.0, patterns=("layers/attention/[qv]",)), lofit(heads=HEADS)],
+        {
+            "behind": bottleneck(1.0),
+            "map": lambda x, n: 2.0 * x @ n["a"] @ n["b"],
+            "heads": lambda o, n, layer: np.stack([
+                o[:, h] * (1 + n["a"][h]) + n["v"][h] if (layer, h) in HEADS else o[:, h] for h in range(4)
+            ], axis=1),
+        },
+    ),
+}  # fmt: skip
+
+
+def softmax(x):
+    weights = np.exp(x - x.max(axis=-1, keepdims=True))
+    return weights / weights.sum(axis=-1, keepdims=True)
+
+
+def norm(x, scale, eps):
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * scale
+
+
+def llama(config, params, numbers, forms, tokens):
+    """Logits of one segment; `numbers` are the tuners' by path, `[L, …]` each."""
+    p = {path: np.asarray(x, np.float64) for path, x in flatten_dict(params, sep="/").items()}
+    n = {path: np.asarray(x, np.float64) for path, x in numbers.items()}
+    x, length, half = p["embed/embedding"][tokens], len(tokens), config.head_dim // 2
+    angles = np.arange(length)[:, None] * config.rope.theta ** (-np.arange(half) / half)
+    causal = np.arange(length)[:, None] >= np.arange(length)
+    turn = lambda y: np.concatenate([  # noqa: E731
+        y[..., :half] * np.cos(angles)[:, None] - y[..., half:] * np.sin(angles)[:, None],
+        y[..., half:] * np.cos(angles)[:, None] + y[..., :half] * np.sin(angles)[:, None],
+    ], axis=-1)  # fmt: skip
+    for layer in range(config.num_layers):
+        # ruff: noqa: B023
+        w = {path.removeprefix("layers/"): y[layer] for path, y in p.items() if path.startswith("layers/")}
+
+        def at(site):
+            found = {k.rpartition("/")[2]: y[layer] for k, y in n.items() if k.rpartition("/")[0] == f"layers/{site}"}
+            return found or None
+
+        def mapped(y, site):
+            out = y @ w[f"{site}/kernel"]
+            return out + forms["map"](y, at(site)) if at(site) else out
+
+        def branch(z, h, site):
+            """What the branch gives to the stream, from what it reads."""
+            h = h + forms["beside"](z, at(site)) if at(site) and "beside" in forms else h
+            return h + forms["behind"](h, at(site)) if at(site) and "behind" in forms else h
+
+        z = norm(x, w["attention_norm/scale"], config.norm_eps)
+        q, k, v = (mapped(z, f"attention/{name}").reshape(length, -1, config.head_dim) for name in "qkv")
+        q, k = turn(q) * config.head_dim**-0.5, turn(k)
+        group = config.num_heads // config.num_kv_heads
+        k, v = k.repeat(group, axis=1), v.repeat(group, axis=1)
+        if "attend" in forms:
+            heads = forms["attend"](q, k, v, causal, at("attention/attend")["kv"].repeat(group, axis=2))
+        else:
+            weights = softmax(np.where(causal, np.einsum("thd,shd->hts", q, k), -np.inf))
+            heads = np.einsum("hts,shd->thd", weights, v)
+        if "heads" in forms:
+            heads = forms["heads"](heads, at("attention/heads"), layer)
+        x = x + branch(z, heads.reshape(length, -1) @ w["attention/o/kernel"], "attention")
+        z = norm(x, w["mlp_norm/scale"], config.norm_eps)
+        gate = z @ w["mlp/gate/kernel"]
+        inner = gate / (1 + np.exp(-gate)) * (z @ w["mlp/up/kernel"])
+        x = x + branch(z, inner @ w["mlp/down/kernel"], "mlp")
+    return norm(x, p["final_norm/scale"], config.norm_eps) @ p["embed/embedding"].T
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_points_of_the_unified_view(name):
+    """… on a packed row of two segments and padding."""
+    tuners, forms = FORMS[name]
+    transformer, params = model(LLAMA)
+    bound = bind(transformer, tuners)
+    variables = shaken(started(bound, LLAMA), bound, 0.3)
+    lengths = (9, 5)
+    tokens = [np.random.default_rng(i).integers(3, 128, n) for i, n in enumerate(lengths)]
+    row = {
+        "tokens": np.concatenate([*tokens, [0, 0]]),
+        "segment_ids": np.repeat([1, 2, 0], [*lengths, 2]),
+        "positions": np.concatenate([*map(np.arange, lengths), [0, 0]]),
+    }
+    batch = {key: jnp.asarray(x, jnp.int32)[None] for key, x in row.items()}
+    logits = np.asarray(forward(variables, batch, bound=bound)[0])
+    numbers = {}
+    for tuner in tuners:
+        numbers |= flatten_dict(variables[tuner.collection], sep="/")
+    for part, segment in ((logits[:9], tokens[0]), (logits[9:14], tokens[1])):
+        direct = llama(transformer.config, params, numbers, forms, segment)
+        np.testing.assert_allclose(part, direct, rtol=1e-5, atol=1e-4)
+        assert np.abs(direct - llama(transformer.config, params, {}, {}, segment)).max() > 0.1
+
+
+def test_a_prefix_of_real_tokens_is_those_tokens_in_context():
+    """… where layers have windows and rotate differently."""
+    transformer, params = model(GEMMA)
+    bound = bind(transformer, [prefix(length=6)])
+    tokens = jnp.asarray(np.random.default_rng(0).integers(3, 128, (1, 17)))
+
+    def logits(bound, variables, tokens):
+        batch = {"tokens": tokens, "segment_ids": jnp.ones_like(tokens), "positions": jnp.arange(tokens.shape[1])[None]}
+        return forward(variables, batch, bound=bound)
+
+    base = bind(transformer)
+    whole = logits(base, {"params": params}, tokens)[:, 6:]
+    numbers = prefix_of(base, {"params": params}, tokens[0, :6])
+    behind = logits(bound, {"params": params, "prefix": numbers}, tokens[:, 6:])
+    np.testing.assert_allclose(behind, whole, rtol=1e-5, atol=3e-5)
+    assert np.abs(whole - logits(base, {"params": params}, tokens[:, 6:])).max() > 0.1
+
+
+# All sites at once, so that one program serves them: 6 tuners on a model with sliding windows.
+EVERYWHERE = (
+    ia3(),
+    lora(rank=2, alpha=4.0, dora=True, init="pissa"),
+    adapter(size=3, placement="parallel"),
+    adapter(size=3, collection="behind"),
+    lofit(heads=((0, 1), (1, 0), (1, 2))),
+    prefix(length=5),
+)
+
+
+def test_generation_equals_the_same_without_a_cache():
+    gemma = {"model_type": "gemma2", "head_dim": 8, "sliding_window": 8, "tie_word_embeddings": True}
+    policy = tiny_policy.policy(**gemma)
+    bound = bind(policy.bound.model, EVERYWHERE)
+    variables = init_variables(bound, tiny_training.SHARDER, 0, policy.variables)
+    policy = dataclasses.replace(policy, bound=bound, variables=shaken(variables, bound))
+    assert policy.layers_apart  # so decoded apart; the expectation reads stacked weights
+    prompts = ["a", "The quick brown fox", "12 + 34 ="]
+    made = generate(policy, prompts, Sampling(max_new_tokens=12, temperature=1.5), batch_size=4)
+    for prompt, generation in zip(prompts, made):
+        tokens = [*policy.encode(prompt), *generation.token_ids]
+        row = np.zeros((1, 48), np.int32)
+        row[0, : len(tokens)] = tokens
+        batch = {"tokens": row, "positions": np.arange(48)[None], "segment_ids": np.ones_like(row)}
+        logprobs = jax.nn.log_softmax(forward(policy.variables, batch, bound=bound)[0])
+        first = len(tokens) - len(generation.token_ids)
+        expected = [logprobs[first - 1 + i, token] for i, token in enumerate(generation.token_ids)]
+        np.testing.assert_allclose(generation.logprobs, expected, atol=5e-5)
+
+
+def test_a_policy_with_the_mlp_of_its_prefix_decodes_stacked():
+    plain = tiny_policy.policy()
+    policy = dataclasses.replace(plain, bound=bind(plain.bound.model, [prefix(hidden=4)]))
+    assert plain.layers_apart and policy.layers_apart is None
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_a_prefix_stands_before_every_segment(window):
+    """Also where a kernel would have masked by itself, for XLA then."""
+    segments, positions = np.array([[1, 1, 1, 2, 2, 2, 2, 2, 2, 0]]), np.array([[0, 1, 2, 0, 1, 2, 3, 4, 5, 0]])
+    fields = {"segment_ids": jnp.asarray(segments), "positions": jnp.asarray(positions)}
+    seen = np.zeros((10, 14), bool)
+    for t in range(9):
+        where = np.r_[np.arange(-4, 0), np.where(segments[0] == segments[0, t], positions[0], 99)]
+        seen[t] = (where <= positions[0, t]) & (positions[0, t] - where < (window or 99))
+    for dense in (True, False):
+        mask = attention.make_mask(fields, fields, window, plain=True, dense=dense).behind(4)
+        np.testing.assert_array_equal(mask.dense(jnp.bool_(True))[0, 0, :9], seen[:9])
+    backend = functools.partial(attention.choose, "splash", Sharder(), jnp.float32, 10, 8, None)
+    assert (backend(plain=mask.plain), backend(plain=True)) == ("xla", "splash")
+
+
+def test_the_strongest_heads_are_found():
+    a = np.zeros((3, 4, 8), np.float32)
+    a[2, 1, 3], a[0, 3, :2], a[1, 0] = 5.0, 3.0, 0.1
+    variables = {"lofit": {"layers": {"attention": {"heads": {"a": a}}}}}
+    assert strongest(variables, 2) == ((2, 1), (0, 3))
+
+
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda: ia3(patterns=("layers/mlp/iner",)), ["'layers/mlp/iner' matches no site", "tuner ia3"]),
+        (lambda: ia3(patterns=("layers/attention/attend",)), ["'layers/attention/attend' matches no site"]),
+        (lambda: adapter(patterns=("layers/mlp/down",)), ["'layers/mlp/down' matches no site", "tuner adapter"]),
+        (lambda: adapter(placement="paralel"), ["placement 'paralel'", "parallel"]),
+        (lambda: adapter(activation="tanh"), ["activation 'tanh'"]),
+        (lambda: lora(init="pisa"), ["init 'pisa'", "pissa"]),
+        (lambda: lora(init="pissa", rank=64), ["no 64 singular values"]),
+        (lambda: lofit(form="ofset"), ["form 'ofset'", "offset"]),
+        (lambda: lofit(heads=((0, 4),)), ["no head 4 in layer 0", "4 heads"]),
+        (lambda: lofit(collection="params"), ["collection 'params' is taken"]),
+    ],
+)
+def test_mistakes_are_told(make, words):
+    with pytest.raises(LuthierError) as caught:
+        started(bind(model(LLAMA)[0], [make()]), LLAMA)
+    assert "\n" not in str(caught.value)
+    for word in words:
+        assert word in str(caught.value), str(caught.value)
+
+
+@pytest.mark.parametrize("tuner", [ia3(patterns=("layers/residual",)), prefix(), adapter(), lofit()])
+def test_what_has_no_exact_merge_says_so(tuner):
+    bound = bind(model(LLAMA)[0], [tuner])
+    variables = {"params": {}, tuner.collection: {"layers": {"residual": {"scale": np.ones((3, 48))}}}}
+    with pytest.raises(LuthierError, match=r"no exact merge|no linear map takes in the vector of layers/residual"):
+        merge(bound, variables)
