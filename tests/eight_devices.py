@@ -1,4 +1,4 @@
-"""Checks that need 8 simulated devices; `python eight_devices.py NAME` runs one of them in a process of its own."""
+"""Checks that need 8 simulated devices; `python eight_devices.py NAME…` runs some of them in a process of its own."""
 
 import itertools
 import math
@@ -8,6 +8,7 @@ import sys
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,12 +16,23 @@ import tiny_policy
 from jax.sharding import PartitionSpec as P
 
 from luthier import config as configs
+from luthier.models import Transformer
 from luthier.models.attention import attend, make_mask
 from luthier.models.matmul import lookup, matmul
+from luthier.objectives import token_objective
+from luthier.objectives.sft import sft
 from luthier.parallel import make_mesh, make_sharder, reduce_scatter
 from luthier.training.aot import abstract_step
 from luthier.training.flops import matmul_flops
 from luthier.training.hlo import collectives
+from luthier.training.state import init_variables, split
+from luthier.training.step import make_gradients
+from luthier.tuners import bind
+from luthier.tuners.adapter import adapter
+from luthier.tuners.ia3 import ia3
+from luthier.tuners.lofit import lofit
+from luthier.tuners.lora import lora
+from luthier.tuners.prefix import prefix
 
 MESHES = [(8, 1, 1, 1), (1, 1, 1, 8), (1, 8, 1, 1), (2, 2, 2, 1), (1, 4, 1, 2), (1, 2, 2, 2), (2, 4, 1, 1)]
 AXES = [("embed", "heads"), ("heads", "embed"), ("embed", "mlp"), ("mlp", "embed"), ("embed", None), (None, "embed")]
@@ -150,6 +162,88 @@ def steps():
         np.testing.assert_allclose(found, losses[8, 1, 1, 1], rtol=1e-5)
 
 
+def tuners():
+    """One tuner at each kind of site, all at once: where they start, their loss and its gradients on a mesh are those
+    of one device."""
+    shape = tiny_policy.config(hidden_size=64, intermediate_size=96, num_attention_heads=8, num_key_value_heads=4)
+    parts = (
+        ia3(),
+        lora(rank=2, alpha=4.0, dora=True, init="pissa"),
+        adapter(size=4),
+        lofit(heads=((0, 1), (1, 6))),
+        prefix(length=5, hidden=8),
+    )
+    rng = np.random.default_rng(0)
+    rows, length = 8, 24
+    batch = {
+        "tokens": rng.integers(1, 200, (rows, length), np.int32),
+        "targets": rng.integers(1, 200, (rows, length), np.int32),
+        "loss_weights": rng.integers(0, 2, (rows, length)).astype(np.float32),
+        "segment_ids": np.repeat([[1, 2, 0]], [10, 10, 4], axis=1).repeat(rows, 0).astype(np.int32),
+        "positions": np.concatenate([np.arange(10), np.arange(10), np.arange(4)])[None]
+        .repeat(rows, 0)
+        .astype(np.int32),
+    }
+    batch["loss_weights"][:, 20:] = 0
+    one = make_sharder(make_mesh(devices=jax.devices()[:1]), num_heads=8, num_kv_heads=4)
+    params = jax.device_get(nn.unbox(jax.jit(bind(Transformer(shape)).init)(jax.random.key(0)))["params"])
+    fresh, found, moved = [], [], None
+    for s in (one, sharder((2, 2, 2, 1))):
+        bound = bind(Transformer(shape, sharder=s), parts)
+        shardings = s.tree(jax.eval_shape(bound.init, jax.random.key(0)))
+        known = {"params": jax.device_put(params, shardings["params"])}
+        fresh.append(jax.device_get(init_variables(bound, s, 0, known)))
+        # Singular vectors have any sign: the numbers of one mesh go to the other.
+        noise = lambda x: x + rng.normal(scale=0.1, size=x.shape).astype(x.dtype)  # noqa: E731
+        trained = [part.collection for part in parts]
+        moved = moved or {name: jax.tree.map(noise, x) if name in trained else x for name, x in fresh[0].items()}
+        trainable, frozen = split(jax.device_put(moved, shardings), trained)
+        gradients = jax.jit(make_gradients(bound, token_objective(sft(), s)))
+        loss, grads, _ = gradients(trainable, frozen, jax.device_put(batch, s.batch()), 0)
+        found.append(jax.device_get((loss, grads)))
+    for variables in fresh:
+        numbers = variables["lora"]["layers"]["mlp"]["down"]
+        numbers["product"] = numbers.pop("a") @ numbers.pop("b")
+        close(numbers, fresh[0]["lora"]["layers"]["mlp"]["down"])
+        close(variables["prefix"], fresh[0]["prefix"])
+    close(found[1], found[0])
+
+
+SOFT = configs.spec("prompt_tuning", length=4, prompts=2)
+LEARNED = {
+    # name: (objective, tuners, trained, transforms)
+    "draws": ("one_token_rollout", (), (), ("masked_thought",)),
+    "reference": ("asft", (), (), ()),
+    "the model itself": ("asft", ("lora",), (), ()),
+    "a prompt": ("sft", (SOFT,), (), ()),
+    "a frozen prompt": ("asft", (SOFT,), ("params",), ()),
+}
+
+
+def methods():
+    """One objective, transform or prompt for each seam: 2 x 2 x 2 devices give the losses of one, random draws too."""
+    shape = tiny_policy.config(hidden_size=64, intermediate_size=160, num_attention_heads=8, num_key_value_heads=4)
+    few = ["model.compute_dtype=float32", "stages[0].batch_size=8", "stages[0].sequence_length=40"]
+    recipe = configs.load("configs/pod.py", few)
+    spec = lambda chosen: configs.spec(chosen) if isinstance(chosen, str) else chosen  # noqa: E731
+    for name, (objective, tuners, train, transforms) in LEARNED.items():
+        with recipe.unlocked():
+            stage = recipe.stages[0]
+            with stage.unlocked():
+                stage.objective, stage.train = spec(objective), train
+                stage.tuners, stage.transforms = tuple(map(spec, tuners)), tuple(map(spec, transforms))
+                stage.schedule = configs.spec("constant", peak=1e-2, warmup=0.0)
+        losses = []
+        for devices in (jax.devices()[:1], jax.devices()):
+            sizes = (1, 1, 1) if len(devices) == 1 else (2, 2, 2)
+            mesh = make_mesh(**dict(zip(("data", "fsdp", "tensor"), sizes)), devices=devices)
+            s = make_sharder(mesh, num_heads=8, num_kv_heads=4)
+            step, arguments, _ = abstract_step(recipe, recipe.stages[0], shape, s, "float32")
+            losses.append([float(one["loss"]) for one in _run(step, *arguments)])
+        np.testing.assert_allclose(*losses, rtol=1e-5, err_msg=name)
+        assert losses[0][0] != losses[0][1], name
+
+
 def _run(compiled, state, frozen, batch):
     """Metrics of two steps from seeded values of the arguments' shapes."""
     rng = np.random.default_rng(0)
@@ -169,10 +263,15 @@ def _run(compiled, state, frozen, batch):
         "positions": jax.device_put(jnp.arange(rows[1])[None].repeat(rows[0], 0), batch["tokens"].sharding),
         "loss_weights": jax.device_put(jnp.ones(rows), batch["tokens"].sharding),
     }
+    if "prompt_slots" in batch:
+        slots = np.full(rows, -1, np.int32)
+        slots[:, :4] = np.arange(4) + 4 * (np.arange(rows[0]) % 2)[:, None]
+        batch["prompt_slots"] = jax.device_put(jnp.asarray(slots), batch["tokens"].sharding)
     for _ in range(2):
         state, metrics = compiled(state, frozen, batch)
         yield metrics
 
 
 if __name__ == "__main__":
-    globals()[sys.argv[1]]()
+    for check in sys.argv[1:]:
+        globals()[check]()

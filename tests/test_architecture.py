@@ -6,6 +6,7 @@ import inspect
 import pathlib
 import pkgutil
 import re
+import runpy
 import subprocess
 import sys
 
@@ -49,7 +50,14 @@ def test_importing_every_module_brings_in_no_other_framework_and_starts_no_devic
 
 @pytest.mark.parametrize(
     "module",
-    ["luthier", "luthier.config", "luthier.methods", "luthier.errors", "luthier.reporting.report", "luthier.cli.main"],
+    [
+        "luthier",
+        "luthier.config",
+        "luthier.methods",
+        "luthier.errors",
+        "luthier.evals.retention, luthier.reporting.report",
+        "luthier.cli.main",
+    ],
 )
 def test_what_help_needs_imports_no_jax(module):
     assert not imported(f"import {module}") & {"jax", "flax", "optax"}
@@ -145,3 +153,8 @@ def test_models_page_lists_families_policies_and_backends():
     }
     goldens = names([row[3] for row in table("models.md", "Families")])
     assert goldens == set(hf_layout.FAMILIES)
+
+
+def test_the_methods_page_is_made_of_the_records():
+    scope = runpy.run_path(str(ROOT / "docs" / "make_methods.py"))
+    assert (ROOT / "docs" / "methods.md").read_text() == scope["page"](), "run python docs/make_methods.py"

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import types
 
+import hf_layout
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +17,7 @@ import luthier
 from luthier import config as configs
 from luthier import weights
 from luthier.data import batches
-from luthier.decoding import Sampling, from_source, generate, score
+from luthier.decoding import Policy, Sampling, batching, from_source, generate, score
 from luthier.errors import LuthierError
 from luthier.models import Transformer
 from luthier.objectives import TokenLoss, token_objective
@@ -26,6 +28,7 @@ from luthier.tuners import bind
 from luthier.tuners.prompt_tuning import prompt_tuning
 
 LENGTH, PROMPTS = 3, 2
+PEFT = hf_layout.GOLDENS / "peft_prompt"
 
 
 def with_prompts(**options):
@@ -132,7 +135,8 @@ def test_prompts_are_worth_tokens(tmp_path):
 @pytest.mark.parametrize("number", [1, None])
 def test_decoding_with_a_prompt(number):
     soft, wide = with_prompts()
-    soft, prompts = soft.with_prompt(number), ["a", "The quick brown fox"]
+    left_out = ("prompt",) if number is None else ()
+    soft, prompts = soft.asked(soft_prompt=number or 0, without=left_out), ["a", "The quick brown fox"]
     size = soft.bound.model.config.vocab_size
     before = [] if number is None else extra_tokens(soft, number)
     made = generate(soft, prompts, Sampling(max_new_tokens=3), batch_size=4)
@@ -150,6 +154,48 @@ def test_decoding_with_a_prompt(number):
     scored = score(soft, pairs, batch_size=4)
     again = score(soft, pairs, batch_size=1)
     assert pairs and all(abs(a.logprob - b.logprob) < 1e-4 for a, b in zip(scored, again))
+
+
+def test_a_prompt_of_peft():
+    """Logits, loss, gradient and greedy text are those of PEFT and of `inputs_embeds` in transformers."""
+    expected = np.load(PEFT / "expected.npz")
+    bound, params = tiny_training.bound_model("llama_gqa_tied")
+    adapter = weights.read_adapter(PEFT, bound.model.config)
+    tuner = prompt_tuning(**adapter.options)
+    policy = Policy(
+        bind(bound.model, [tuner]),
+        {"params": params, "prompt": jax.tree.map(jnp.asarray, adapter.variables)},
+        types.SimpleNamespace(eos_ids=(), decode=lambda tokens, skip_special: ""),
+    )
+    length, rows = tuner.prompt_length, expected["tokens"]
+    batch = batching.padded([[0] * length + row.tolist() for row in rows], length + rows.shape[1], False, range(length))
+
+    def run(vectors):
+        variables = {**policy.variables, "prompt": {"inputs": {"vectors": vectors}}}
+        hidden, _ = policy.bound.hidden(variables, batch)
+        logits = policy.bound.unembed(variables, hidden[:, length:])
+        chosen = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), rows[:, 1:, None], axis=-1)[..., 0]
+        return -jnp.sum(expected["weights"] * chosen) / expected["weights"].sum(), logits
+
+    vectors = policy.variables["prompt"]["inputs"]["vectors"]
+    (loss, logits), gradient = jax.jit(jax.value_and_grad(run, has_aux=True))(vectors)
+    np.testing.assert_allclose(logits, expected["logits"], atol=2e-5)
+    assert float(loss) == pytest.approx(float(expected["loss"]), abs=1e-5)
+    np.testing.assert_allclose(gradient, expected["gradient"], atol=1e-5)
+    (made,) = generate(policy, [rows[0].tolist()], Sampling(max_new_tokens=len(expected["greedy"])))
+    assert list(made.token_ids) == expected["greedy"].tolist()
+
+
+@pytest.mark.parity
+def test_peft_loads_our_prompt(tmp_path):
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    bound, _ = tiny_training.bound_model("llama_gqa_tied")
+    adapter = weights.read_adapter(PEFT, bound.model.config)
+    base = str(hf_layout.GOLDENS / "families" / "llama_gqa_tied")
+    weights.write_adapter(tmp_path / "ours", adapter, base=base, config=bound.model.config)
+    model = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(base), tmp_path / "ours")
+    vectors = model.prompt_encoder.default.embedding.weight.detach().numpy()
+    np.testing.assert_array_equal(vectors, adapter.variables["inputs"]["vectors"])
 
 
 @pytest.mark.parametrize("init", ["uniform", "uniform_positive", "vocabulary"])
@@ -194,7 +240,7 @@ def test_the_stages_of_promot_leave_what_they_do_not_train(tmp_path, monkeypatch
     # What was saved: a prompt for PEFT, or the model with its prompt beside it, which is attached when it is asked.
     for workdir, expected in ((tmp_path / "first", first), (tmp_path / "both", both)):
         saved = from_source(str(workdir))
-        assert saved.prompt_slots == (0, 1, 2, 3) and saved.with_prompt(None).prompt_slots == ()
+        assert saved.prompt_slots == (0, 1, 2, 3) and saved.asked(without=list(saved.variables)).prompt_slots == ()
         (collection,) = saved.variables.keys() - {"params"}
         jax.tree.map(np.testing.assert_array_equal, saved.variables["params"], expected["params"])
         jax.tree.map(np.testing.assert_array_equal, saved.variables[collection], expected["prompt"])

@@ -60,9 +60,9 @@ def test_interval_of_the_mean_resamples_records_within_tasks():
 
 
 class Knows(str):
-    """A policy of one-letter answers, the same with any soft prompt."""
+    """A policy of one-letter answers, the same with any tuners."""
 
-    def with_prompt(self, _):
+    def asked(self, **_):
         return self
 
 
@@ -169,7 +169,7 @@ def test_shift_as_an_evaluation(models, tmp_path):
     weights.export(tmp_path / "start", start.bound.model.config, start.variables["params"], start.tokenizer)
     data = tmp_path / "d.jsonl"
     data.write_text(json.dumps({"prompt": "ab", "completion": " cd"}) + "\n")
-    chosen = spec("luthier.evals.shift:shift", label="kl", data=str(data), start=str(tmp_path / "start"))
+    chosen = spec("shift", label="kl", data=str(data), start=str(tmp_path / "start"))
     result = evaluate(now, [chosen])["kl"]
     ids = [*now.tokenizer.encode("ab cd"), now.tokenizer.eos_id]
     (direct,) = shift.token_shift(start, now, [(ids, [2, 3, 4, 5])])

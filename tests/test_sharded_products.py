@@ -12,10 +12,10 @@ from luthier.parallel import make_mesh, make_sharder, sum_parts
 HERE = pathlib.Path(__file__).parent
 
 
-@pytest.mark.parametrize("check", ["products", "scatters", "messages", "splash", "steps"])
+@pytest.mark.parametrize("check", ["products", "scatters", "messages tuners", "splash", "steps methods"])
 def test_on_eight_devices(check, tmp_path):
     done = subprocess.run(
-        [sys.executable, str(HERE / "eight_devices.py"), check],
+        [sys.executable, str(HERE / "eight_devices.py"), *check.split()],
         env=tiny_run.environment(8, tmp_path),
         capture_output=True,
         text=True,

@@ -4,17 +4,23 @@ import dataclasses
 import functools
 import json
 import re
+import shutil
 
+import flax.linen as nn
 import hf_layout
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_hf
 import tiny_policy
 import tiny_training
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from luthier import weights
+from luthier.config import resolve, spec
 from luthier.decoding import Sampling, generate
+from luthier.decoding.policy import from_source
 from luthier.errors import LuthierError
 from luthier.models import Transformer, attention
 from luthier.parallel import Sharder
@@ -239,6 +245,141 @@ def test_what_is_saved_of_chosen_heads():
     for path, x in flatten_dict(numbers).items():
         np.testing.assert_array_equal(x[0, 1], flatten_dict(variables["lofit"])[path][0, 1])
         assert tuple(map(tuple, np.argwhere(np.abs(x).sum(axis=-1)))) == HEADS
+
+
+# Adapter directories.
+
+
+@pytest.mark.parametrize("name", TUNERS)
+def test_pefts_directories_are_read_and_come_back(name, tmp_path):
+    family, tuner = TUNERS[name]
+    bound, variables, _, _ = case(name)
+    config, directory = bound.model.config, GOLDENS / name
+    theirs = hf_layout.read_safetensors(directory / "adapter_model.safetensors")
+    saved = weights.read_adapter(directory, config)
+    if name == "prefix_mlp":
+        expected = plain(tuner, {}, variables)[1]
+    else:
+        expected = from_peft(name, theirs)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), saved.variables, expected)
+    again = bind(bound.model, [resolve(spec(saved.name, **saved.options), "tuner")()])
+    shapes = nn.unbox(jax.eval_shape(again.init, jax.random.key(0)))[tuner.collection]
+    assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, saved.variables)
+    weights.write_adapter(tmp_path, saved, base=f"tests/goldens/families/{family}", config=config)
+    ours = hf_layout.read_safetensors(tmp_path / "adapter_model.safetensors")
+    assert ours.keys() == theirs.keys()
+    for key, array in theirs.items():
+        np.testing.assert_allclose(ours[key], array, rtol=1e-5, atol=1e-6, err_msg=key)
+    written, golden = (json.loads((d / "adapter_config.json").read_text()) for d in (tmp_path, directory))
+    for settings in (written, golden):
+        for key in ("target_modules", "feedforward_modules"):
+            settings[key] = sorted(settings.get(key, ()))
+    ignored = {"feedforward_modules": [], "encoder_hidden_size": 0, "prefix_projection": 0, "lora_dropout": 0}
+    assert {**golden, **ignored} == {**golden, **written, **ignored}
+
+
+_PARALLEL = {"size": 6, "placement": "parallel", "scale": 4.0, "patterns": ("layers/mlp",)}
+OWN = {"adapter": (adapter(**_PARALLEL), _PARALLEL), "lofit": (lofit(form="scale"), {"form": "scale"})}
+
+
+@pytest.fixture
+def own_directory(tmp_path):
+    """(a directory of a tuner that PEFT lacks, beside its model; bound; variables)."""
+
+    def make(name):
+        tuner, options = OWN[name]
+        bound = bind(model(LLAMA)[0], [tuner])
+        variables = shaken(started(bound, LLAMA), bound)
+        tiny_hf.family_directory(tmp_path / "base", LLAMA)
+        saved = weights.Adapter(name, *plain(tuner, options, variables))
+        weights.write_adapter(tmp_path / "tuned", saved, base="../base")
+        return tmp_path / "tuned", bound, variables
+
+    return make
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_tuner_that_peft_lacks_is_saved(name, own_directory):
+    directory, bound, variables = own_directory(name)
+    policy = from_source(str(directory))
+    (numbers,) = (tree for key, tree in policy.variables.items() if key != "params")
+    tiny_hf.equal(numbers, variables[name])
+    (tuner,) = policy.bound.tuners
+    assert (tuner.name, tuner.patterns) == (name, bound.tuners[0].patterns)
+
+
+def edited(options=(), **change):
+    def apply(directory):
+        file = directory / "adapter_config.json"
+        content = json.loads(file.read_text())
+        file.write_text(json.dumps({**content, "options": {**content["options"], **dict(options)}, **change}))
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (edited(tuner="os:system"), "unknown tuner 'os:system'"),
+        (edited(tuner="adaptor"), "unknown tuner 'adaptor'.*adapter"),
+        (
+            edited(options={"size": 5}),
+            r"an adapter does not fit: layers/mlp/b_down is \(3, 6\), for this model \(3, 5\)",
+        ),
+        (edited(options={"sizes": 6}), "unknown option 'sizes'.*size"),
+        (edited(base_model_name_or_path="../other"), "has 3 layers, the base model 2"),
+        (lambda d: (d / "adapter_model.safetensors").unlink(), "no adapter_model.safetensors"),
+    ],
+)
+def test_directories_that_do_not_fit(change, words, own_directory):
+    directory, _, _ = own_directory("adapter")
+    tiny_hf.family_directory(directory.parent / "other", QWEN)
+    change(directory)
+    with pytest.raises(LuthierError, match=words) as caught:
+        from_source(str(directory))
+    assert "\n" not in str(caught.value)
+
+
+PEFT_MISTAKES = {
+    "prefix of another model": ("prefix", QWEN, {}, r"has shape \[5, 192\], a prefix of 5 for this model \[5, 96\]"),
+    "vectors of another model": ("ia3", QWEN, {}, "a layer 2, the base model has 2"),
+    "encoder and decoder": ("prefix", LLAMA, {"num_transformer_submodules": 2}, "num_transformer_submodules 2"),
+    "whole modules": ("ia3", LLAMA, {"modules_to_save": ["lm_head"]}, "modules_to_save"),
+    "no magnitudes": ("pissa", LLAMA, {"use_dora": True}, "has no lora_magnitude_vector"),
+    "magnitudes": ("dora", LLAMA, {"use_dora": False}, "has a lora_magnitude_vector"),
+    "without the model": ("prefix", None, {}, "its config is needed"),
+}
+
+
+@pytest.mark.parametrize("mistake", PEFT_MISTAKES)
+def test_peft_directories_that_do_not_fit(mistake, tmp_path):
+    name, family, change, words = PEFT_MISTAKES[mistake]
+    shutil.copytree(GOLDENS / name, tmp_path / "tuned", ignore=shutil.ignore_patterns("*.npz"))
+    file = tmp_path / "tuned" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(LuthierError, match=words) as caught:
+        weights.read_adapter(tmp_path / "tuned", model(family)[0].config if family else None)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", TUNERS)
+def test_peft_loads_what_we_write(name, tmp_path):
+    """… made of our numbers, PiSSA's and the MLP's in their plain form."""
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    (family, tuner), (bound, variables, expected, _) = TUNERS[name], case(name)
+    base = hf_layout.GOLDENS / "families" / family
+    options = dict(weights.read_adapter(GOLDENS / name, bound.model.config).options)
+    if name == "pissa":
+        options |= {"rank": 4, "alpha": 8.0}
+    saved = weights.Adapter(tuner.name, *plain(tuner, options, variables))
+    weights.write_adapter(tmp_path, saved, base=str(base), config=bound.model.config)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path).eval()
+    with torch.no_grad():
+        logits = theirs(torch.tensor(expected["tokens"], dtype=torch.long)).logits.numpy()
+    np.testing.assert_allclose(logits, expected["logits"], rtol=1e-5, atol=3e-5)
 
 
 # The unified view (arXiv 2110.04366, table 1): each form as Δh of what a branch, a map or a head gives, written

@@ -176,6 +176,7 @@ def stage(
     transforms: tuple = (),
     tuners: tuple = (),
     train: tuple = (),
+    mask: ConfigDict | None = None,
     objective: ConfigDict | None = None,
     optimizer: ConfigDict | None = None,
     schedule: ConfigDict | None = None,
@@ -196,6 +197,7 @@ def stage(
       transforms: specs of what is done to each batch before the loss, such as `masked_thought`.
       tuners: specs of tuners attached to the model.
       train: collections to train; empty means the tuners' own, or `params` without tuners.
+      mask: spec of which of the model's weights move, such as `half`; None moves all that are trained.
       clip_norm: largest global gradient norm; 0 switches clipping off.
       ema: decay of an exponential moving average of the trained weights; 0 switches it off.
       evaluate_every: steps between evaluations during training; 0 means only at the end.

@@ -7,7 +7,7 @@ jax. `spec(name)` in `luthier.config` reads a method's options from the signatur
 import dataclasses
 from typing import Literal
 
-Place = Literal["transform", "tuner", "objective", "optimizer", "schedule", "evaluation"]
+Place = Literal["transform", "tuner", "mask", "objective", "optimizer", "schedule", "evaluation"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,6 +144,25 @@ METHODS: tuple[Method, ...] = (
         id="S148",
         paper="The Power of Scale for Parameter-Efficient Prompt Tuning (arXiv 2104.08691)",
         oracle="tests/test_prompt_tuning.py",
+        config="configs/promot.py",
+    ),
+    Method(
+        "half",
+        "mask",
+        "luthier.optim.masks:half",
+        "Half fine-tuning: a random half of each layer's matrices and norms moves.",
+        id="S106",
+        paper="HFT: Half Fine-Tuning for Large Language Models (arXiv 2404.18466)",
+        oracle="tests/test_masks.py",
+    ),
+    Method(
+        "norms",
+        "mask",
+        "luthier.optim.masks:norms",
+        "Only the norms' scales move, and the head as an option.",
+        id="S109",
+        paper="LayerNorm: A key component in parameter-efficient fine-tuning",
+        oracle="tests/test_masks.py",
     ),
     *(
         Method(name, "optimizer", f"luthier.optim.optimizers:{name}", summary)
@@ -178,6 +197,13 @@ METHODS: tuple[Method, ...] = (
             "choices": "Multiple choice by log-likelihood.",
             "perplexity": "exp of the mean negative log-likelihood a token.",
         }.items()
+    ),
+    Method(
+        "shift",
+        "evaluation",
+        "luthier.evals.shift:shift",
+        "KL divergence and changed top tokens from the model that a run started with.",
+        oracle="tests/test_retention.py",
     ),
 )
 

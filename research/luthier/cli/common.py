@@ -21,8 +21,15 @@ def add_model(parser: argparse.ArgumentParser, *, required: bool = True) -> None
     group.add_argument("--template", metavar="FILE", help="Jinja chat template that replaces the model's own")
 
 
+def add_tuners(parser: argparse.ArgumentParser) -> None:
+    """For commands that ask a model directly; evaluations have options of these names."""
+    group = parser.add_argument_group("tuners")
+    group.add_argument("--soft_prompt", type=int, default=0, metavar="N", help="which, where there are several")
+    group.add_argument("--without", action="append", default=[], metavar="NAME", help="leave one out, such as prompt")
+
+
 def load_policy(args: argparse.Namespace):
-    """The model that `add_model`'s arguments name (imports jax)."""
+    """The model that the arguments of `add_model` and `add_tuners` name (imports jax)."""
     from etils import epath
 
     from luthier.decoding import from_source
@@ -32,7 +39,12 @@ def load_policy(args: argparse.Namespace):
     processes.start()
     keep_programs()
     template = epath.Path(args.template).read_text() if args.template else None
-    return from_source(args.model, compute_dtype=args.compute_dtype, attention=args.attention, template=template)
+    policy = from_source(args.model, compute_dtype=args.compute_dtype, attention=args.attention, template=template)
+    known = [tuner.collection for tuner in policy.bound.tuners]
+    for name in getattr(args, "without", ()):
+        if name not in known:
+            raise LuthierError(f"no tuner {name!r}", where="--without", mend=f"There are {', '.join(known) or 'none'}")
+    return policy.asked(soft_prompt=getattr(args, "soft_prompt", 0), without=getattr(args, "without", ()))
 
 
 def is_first_process() -> bool:

@@ -25,11 +25,14 @@ SAMPLING = (
     ("top_p", float, 1.0, "keep the most likely tokens up to this much probability"),
     ("min_p", float, 0.0, "keep tokens at least this many times as likely as the most likely"),
     ("seed", int, 0, "fixes the draws"),
+    ("beams", int, 1, "width of a beam search; 1 is none"),
+    ("length_penalty", float, 1.0, "a beam's text is scored by log-probability / length to this power"),
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_model(parser)
+    common.add_tuners(parser)
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times")
     parser.add_argument("--input", metavar="FILE", help=".jsonl with `prompt` (text or messages), or a text file")
     parser.add_argument("--output", metavar="FILE.jsonl", help="write JSON lines there instead of standard output")

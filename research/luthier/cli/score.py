@@ -17,6 +17,7 @@ HELP = "log-probabilities of completions"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_model(parser)
+    common.add_tuners(parser)
     parser.add_argument("--input", required=True, metavar="F.jsonl", help='records {"prompt", "completion"}')
     parser.add_argument("--output", required=True, metavar="G.jsonl", help="written in one move at the end")
     parser.add_argument("--batch_size", type=int, default=16, metavar="N", help="pairs at once (%(default)s)")

@@ -34,32 +34,35 @@ class Policy:
       variables: what `bound` reads: `params` and a collection for each tuner.
       tokenizer: text to ids and back.
       template: renders chat messages; None for a model without one.
-      soft_prompt: number of the soft prompt in front of every text, where the tuners have any; None leaves
-        it out.
+      soft_prompt: number of the soft prompt in front of every text, where a tuner has any.
     """
 
     bound: Bound
     variables: Mapping[str, Any] = dataclasses.field(repr=False)
     tokenizer: Tokenizer
     template: ChatTemplate | None = None
-    soft_prompt: int | None = 0
+    soft_prompt: int = 0
 
     @property
     def prompt_slots(self) -> tuple[int, ...]:
         """The learned vectors in front of a text, by their number."""
         tuner = self.bound.prompt_tuner
-        if tuner is None or self.soft_prompt is None:
+        if tuner is None:
             return ()
         if not 0 <= self.soft_prompt < tuner.prompts:
             raise LuthierError(f"no soft prompt {self.soft_prompt}; there are {tuner.prompts}", where="soft_prompt")
         first = self.soft_prompt * tuner.prompt_length
         return tuple(range(first, first + tuner.prompt_length))
 
-    def with_prompt(self, number: int | None) -> "Policy":
-        """This policy with another of its soft prompts in front of every text, or none."""
-        if number == self.soft_prompt or self.bound.prompt_tuner is None:
-            return self
-        other = dataclasses.replace(self, soft_prompt=number)
+    def asked(self, *, soft_prompt: int = 0, without: Sequence[str] = ()) -> "Policy":
+        """This policy with another of its soft prompts, or without some of its tuners.
+
+        Args:
+          without: collections of tuners to leave out; those that are not there are left out already.
+        """
+        tuners = tuple(tuner for tuner in self.bound.tuners if tuner.collection not in without)
+        bound = dataclasses.replace(self.bound, tuners=tuners)
+        other = dataclasses.replace(self, bound=bound, soft_prompt=soft_prompt)
         other.__dict__["layers_apart"] = self.layers_apart  # the same weights: not copied again
         return other
 
@@ -149,7 +152,7 @@ def from_source(
     model = Transformer(
         loaded.config, dtype=jnp.dtype(compute_dtype), remat="none", attention=attention, sharder=sharder
     )
-    names = [f"adapter_{number}" for number in range(len(loaded.adapters))]
+    names = _collections(loaded.adapters)
     tuners = [
         resolve(spec(adapter.name, **adapter.options, collection=name), "tuner")()
         for name, adapter in zip(names, loaded.adapters)
@@ -162,6 +165,15 @@ def from_source(
     chosen = template if template is not None else tokenizer.chat_template
     chat = ChatTemplate(chosen, tokenizer.special_tokens) if chosen is not None else None
     return Policy(bound, variables, tokenizer, chat)
+
+
+def _collections(adapters: Sequence[weights.Adapter]) -> list[str]:
+    """A collection for each: that of its tuner, numbered from the second of a kind on."""
+    names = []
+    for adapter in adapters:
+        name = spec(adapter.name, **adapter.options).collection
+        names.append(name if name not in names else f"{name}_{len(names)}")
+    return names
 
 
 def _check_fits(bound: Bound, collections: Mapping[str, Any], source: str) -> None:

@@ -43,7 +43,8 @@ def shift(
     limit: int | None = None,
     batch_size: int = 16,
     seed: int = 0,
-    soft_prompt: int | None = 0,
+    soft_prompt: int = 0,
+    without: tuple = (),
 ) -> EvalResult:
     """Mean KL(start ‖ now) = Σ_v p_start(v) log(p_start(v) / p_now(v)) over positions, in nats a token.
 
@@ -55,9 +56,10 @@ def shift(
       format: name of the format (docs/data.md), or `auto`.
       train_on: which tokens are targets: `completion`, `assistant` or `all`.
       limit: read only the first so many.
-      soft_prompt: number of the soft prompt that the model has now, where it has one; None leaves it out.
+      soft_prompt: number of the soft prompt that the model has now, where it has any.
+      without: collections of tuners to leave out, such as `prompt`.
     """
-    policy = policy.with_prompt(soft_prompt)
+    policy = policy.asked(soft_prompt=soft_prompt, without=without)
     source, form = open_source(data, limit=limit), Format(format)
     places = [source.where(i) for i in range(len(source))]
     examples = [form.told(source[i], place).read(source[i], place) for i, place in enumerate(places)]

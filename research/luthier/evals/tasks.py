@@ -32,11 +32,13 @@ def verifier(
     max_new_tokens: int = 32,
     temperature: float = 0.0,
     stop: tuple = (),
+    beams: int = 1,
     retention: bool = False,
     chance: float | None = None,
     batch_size: int = 16,
     seed: int = 0,
-    soft_prompt: int | None = 0,
+    soft_prompt: int = 0,
+    without: tuple = (),
 ) -> EvalResult:
     """Mean reward of generated answers.
 
@@ -45,17 +47,19 @@ def verifier(
       verifier: a name of `luthier.evals.verifiers.VERIFIERS`.
       shots: solved examples before each prompt, drawn from `shots_from`.
       stop: strings that end an answer; a blank line does so too after shots in text.
+      beams: width of a beam search.
       retention: whether the report's table of what was kept has this task (`luthier.evals.retention`).
       chance: reward of an answer that ignores the question; None is 0.
       limit: ask only the first so many.
-      soft_prompt: number of the soft prompt to ask with, where the policy has one; None asks without.
+      soft_prompt: number of the soft prompt to ask with, where the policy has any.
+      without: collections of tuners to leave out, such as `prompt`.
     """
-    policy = policy.with_prompt(soft_prompt)
+    policy = policy.asked(soft_prompt=soft_prompt, without=without)
     reward = verifiers.find(verifier)
     cases = read_cases(data, limit)
     prompts = few_shot(cases, shot_pool(shots, shots_from), shots, seed)
     stops = (*stop, SEPARATOR) if shots and isinstance(cases[0].prompt, str) else tuple(stop)
-    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, stop=stops, seed=seed)
+    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, stop=stops, seed=seed, beams=beams)
     made = generate(policy, prompts, sampling, batch_size=batch_size)
     records = []
     for case, generation in zip(cases, made):
@@ -105,7 +109,8 @@ def choices(
     chance: float | None = None,
     batch_size: int = 16,
     seed: int = 0,
-    soft_prompt: int | None = 0,
+    soft_prompt: int = 0,
+    without: tuple = (),
 ) -> EvalResult:
     """Accuracy of the option with the largest log-likelihood.
 
@@ -117,9 +122,10 @@ def choices(
       retention: whether the report's table of what was kept has this task (`luthier.evals.retention`).
       chance: accuracy of an answer that ignores the question; None is the larger of guessing and the commonest answer.
       limit: ask only the first so many.
-      soft_prompt: number of the soft prompt to ask with, where the policy has one; None asks without.
+      soft_prompt: number of the soft prompt to ask with, where the policy has any.
+      without: collections of tuners to leave out, such as `prompt`.
     """
-    policy = policy.with_prompt(soft_prompt)
+    policy = policy.asked(soft_prompt=soft_prompt, without=without)
     if normalise not in NORMALISATIONS:
         raise LuthierError(f"unknown value {normalise!r}", where="normalise", mend=near(normalise, NORMALISATIONS))
     questions = [_question(*record) for record in _raw(data, limit)]
@@ -196,7 +202,8 @@ def perplexity(
     limit: int | None = None,
     batch_size: int = 16,
     seed: int = 0,
-    soft_prompt: int | None = 0,
+    soft_prompt: int = 0,
+    without: tuple = (),
 ) -> EvalResult:
     """exp of the mean negative log-likelihood a target token, over all targets.
 
@@ -208,9 +215,10 @@ def perplexity(
       format: name of the format (docs/data.md), or `auto`.
       train_on: which tokens are targets: `completion`, `assistant` or `all`.
       limit: read only the first so many.
-      soft_prompt: number of the soft prompt to ask with, where the policy has one; None asks without.
+      soft_prompt: number of the soft prompt to ask with, where the policy has any.
+      without: collections of tuners to leave out, such as `prompt`.
     """
-    policy = policy.with_prompt(soft_prompt)
+    policy = policy.asked(soft_prompt=soft_prompt, without=without)
     raw = _raw(data, limit)
     form = Format(format)
     examples = [form.told(record, where).read(record, where) for record, where in raw]

@@ -26,6 +26,7 @@ from luthier.training.hlo import Collective, collectives
 from luthier.training.reference import collections_of, reference_of
 from luthier.training.run import (
     config_sharder,
+    make_mask,
     make_model,
     make_optimizer,
     make_stage_step,
@@ -256,9 +257,10 @@ def abstract_step(config: ConfigDict, stage: ConfigDict, shape: ModelConfig, sha
         variables[name] = jax.tree.map(
             lambda leaf, sharding, dtype=dtype: abstract(leaf, sharding, dtype), nn.unbox(tree), sharder.tree(tree)
         )
-    optimizer, schedule = make_optimizer(stage)
+    trainable = {name: variables[name] for name in trained}
+    (optimizer, schedule), mask = make_optimizer(stage, trainable), make_mask(stage, trainable)
     state = abstract_state(
-        {name: variables[name] for name in trained},
+        trainable,
         optimizer,
         sharder,
         ema=bool(stage.ema),
@@ -270,7 +272,7 @@ def abstract_step(config: ConfigDict, stage: ConfigDict, shape: ModelConfig, sha
     if bound.prompt_tuner:
         fields["prompt_slots"] = jnp.int32
     batch = {name: jax.ShapeDtypeStruct(rows, dtype, sharding=sharder.batch()) for name, dtype in fields.items()}
-    step = make_stage_step(config, stage, bound, optimizer, schedule, sharder)
+    step = make_stage_step(config, stage, bound, optimizer, schedule, sharder, mask)
     frozen = {name: tree for name, tree in variables.items() if name not in trained}
     compared = reference_of(config, stage, bound)
     if compared is not None and (compared.model is not bound.model or collections_of(compared) & set(trained)):

@@ -23,6 +23,7 @@ from luthier.errors import LuthierError
 from luthier.evals import EvalResult, evaluate, read_results
 from luthier.models import ModelConfig, Transformer
 from luthier.objectives import token_objective
+from luthier.optim.masks import Mask, masked
 from luthier.parallel import AXES, Sharder, make_mesh, make_sharder, processes
 from luthier.parallel.compilation_cache import keep_programs
 from luthier.training import manifest as manifests
@@ -104,7 +105,8 @@ def train(config: ConfigDict, workdir: epath.PathLike | None = None, *, profile:
             compared = reference_of(config, stage, bound)
             beside = frozen | reference_variables(stage, compared, variables, train_names)
             variables = None  # The state is donated: only its newest version may be held.
-            optimizer, schedule = make_optimizer(stage)
+            optimizer, schedule = make_optimizer(stage, trainable)
+            mask = make_mask(stage, trainable)
             checkpoints = open_files.enter_context(_checkpoints(setup, stage))
             options = {"ema": bool(stage.ema), "loss_scale": config.model.compute_dtype == "float16"}
             state, start = _restored(checkpoints, trainable, optimizer, setup.sharder, options)
@@ -113,7 +115,7 @@ def train(config: ConfigDict, workdir: epath.PathLike | None = None, *, profile:
                 if writer is None:
                     writer = open_files.enter_context(_writer(setup, first + start))
                 state = run_stage(
-                    _stage(setup, stage, bound, frozen, optimizer, schedule, setup.batches[index], first),
+                    _stage(setup, stage, bound, frozen, optimizer, schedule, mask, setup.batches[index], first),
                     state,
                     beside,
                     start=start,
@@ -255,9 +257,25 @@ def _check_handed_on(stage: ConfigDict, bound: Bound, variables: Variables) -> N
         )
 
 
-def make_optimizer(stage: ConfigDict) -> tuple[optax.GradientTransformation, optax.Schedule]:
+def make_optimizer(stage: ConfigDict, trainable: Variables) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """The optimizer of a stage, on the weights that its mask chooses, and its learning rate."""
     schedule = resolve(stage.schedule, "schedule")(stage.steps)
-    return resolve(stage.optimizer, "optimizer")(schedule), schedule
+    optimizer, mask = resolve(stage.optimizer, "optimizer")(schedule), make_mask(stage, trainable)
+    return (masked(optimizer, mask) if mask else optimizer), schedule
+
+
+def make_mask(stage: ConfigDict, trainable: Variables) -> Mask | None:
+    """Which weights of the model a stage moves; tuners move whole."""
+    if stage.mask is None:
+        return None
+    if "params" not in trainable:
+        raise LuthierError(
+            f"{stage.mask.name!r} masks the model's weights, and this stage does not train them",
+            where=f"stage {stage.name}: mask",
+            mend="Leave mask out, or train=('params',)",
+        )
+    whole = {name: jax.tree.map(lambda _: True, tree) for name, tree in trainable.items()}
+    return {**whole, "params": resolve(stage.mask, "mask")(trainable["params"])}
 
 
 def _checkpoints(setup: Setup, stage: ConfigDict) -> Checkpoints:
@@ -283,8 +301,10 @@ def _writer(setup: Setup, resume_step: int) -> MetricsWriter:
     return MetricsWriter(setup.workdir, tensorboard=chosen.tensorboard, wandb=chosen.wandb, resume_step=resume_step)
 
 
-def _stage(setup: Setup, stage: ConfigDict, bound: Bound, frozen, optimizer, schedule, batches, first: int) -> Stage:
-    step = make_stage_step(setup.config, stage, bound, optimizer, schedule, setup.sharder)
+def _stage(
+    setup: Setup, stage: ConfigDict, bound: Bound, frozen, optimizer, schedule, mask, batches, first: int
+) -> Stage:
+    step = make_stage_step(setup.config, stage, bound, optimizer, schedule, setup.sharder, mask)
 
     def evaluate_now(state: TrainState, number: int) -> dict[str, float]:
         variables = {**frozen, **(state.ema if stage.ema else state.trainable)}
@@ -304,7 +324,9 @@ def _stage(setup: Setup, stage: ConfigDict, bound: Bound, frozen, optimizer, sch
     )
 
 
-def make_stage_step(config: ConfigDict, stage: ConfigDict, bound: Bound, optimizer, schedule, sharder: Sharder) -> Step:
+def make_stage_step(
+    config: ConfigDict, stage: ConfigDict, bound: Bound, optimizer, schedule, sharder: Sharder, mask: Mask | None = None
+) -> Step:
     """The step that a stage of a recipe runs."""
     loss = resolve(stage.objective, "objective")()
     reference, vocabulary = reference_of(config, stage, bound), bound.model.config.vocab_size
@@ -317,6 +339,7 @@ def make_stage_step(config: ConfigDict, stage: ConfigDict, bound: Bound, optimiz
         clip_norm=stage.clip_norm,
         ema=stage.ema,
         transforms=[resolve(chosen, "transform")(stage.steps, vocabulary) for chosen in stage.transforms],
+        mask=mask,
         seed=config.seed,
     )
 

@@ -135,12 +135,15 @@ def abstract_state(
 
 
 def _optimizer_shardings(trainable, optimizer, sharder: Sharder):
-    """An optimiser leaf at the path of a weight and of its shape is its moment; the rest is replicated."""
+    """An optimiser leaf at the path of a weight and of its shape, or of some of its layers, is its moment; the rest is
+    replicated."""
     weights = flatten_dict(trainable)
 
     def sharding(path, leaf):
         keys = tuple(part.key for part in path if isinstance(part, jax.tree_util.DictKey))
         weight = weights.get(keys)
-        return weight.sharding if weight is not None and weight.shape == leaf.shape else sharder.replicated()
+        is_moment = weight is not None and weight.ndim == leaf.ndim > 0
+        same = is_moment and (weight.shape == leaf.shape or ("layers" in keys and weight.shape[1:] == leaf.shape[1:]))
+        return weight.sharding if same else sharder.replicated()
 
     return jax.tree_util.tree_map_with_path(sharding, jax.eval_shape(optimizer.init, trainable))

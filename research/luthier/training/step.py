@@ -8,6 +8,7 @@ import optax
 
 from luthier.errors import LuthierError
 from luthier.objectives import Objective
+from luthier.optim.masks import Mask, keep
 from luthier.parallel import Sharder
 from luthier.training.state import TrainState, Variables
 from luthier.tuners import Bound
@@ -30,6 +31,7 @@ def make_step(
     clip_norm: float = 0.0,
     ema: float = 0.0,
     transforms: Sequence[Transform] = (),
+    mask: Mask | None = None,
     seed: int = 0,
 ) -> Step:
     """`(state, frozen, batch) -> (state, metrics)`, to be jitted with the state donated.
@@ -45,6 +47,7 @@ def make_step(
       clip_norm: largest global norm of the gradient; 0 switches clipping off.
       ema: decay of the moving average; 0 if the state has none.
       transforms: `(batch, rng, step) -> batch`, applied in order before the loss.
+      mask: of the weights that `optimizer` moves; the others' gradients are left out of everything.
       seed: random numbers are keyed by (seed, step, global token id).
     """
     gradients = make_gradients(bound, objective, micro_batches=micro_batches, transforms=transforms, seed=seed)
@@ -52,6 +55,8 @@ def make_step(
     def step(state: TrainState, frozen: Variables, batch: Batch) -> tuple[TrainState, Metrics]:
         scale = 1.0 if state.loss_scale is None else state.loss_scale.factor
         loss, grads, metrics = gradients(state.trainable, frozen, batch, state.step, scale)
+        if mask is not None:
+            grads = keep(grads, mask)
         norm = optax.tree.norm(grads)
         clip = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-30)) if clip_norm else 1.0
         is_finite = jnp.isfinite(loss) & jnp.isfinite(norm)
