@@ -9,13 +9,14 @@ import laboratory
 import numpy as np
 import pytest
 from laboratory import episodes as made
-from laboratory import formats, language, tasks
+from laboratory import formats, language, suite, tasks
 from laboratory.make import write_episodes
 
 from luthier import config
 from luthier.data.batches import build
 from luthier.data.tokenizer import Tokenizer
 from luthier.evals import verifiers
+from luthier.evals.cases import few_shot, read_cases, shot_pool
 
 FAMILIES = {**tasks.FAMILIES, **tasks.HELD_OUT_FAMILIES}
 TOKENIZER = Tokenizer.from_files(language.tokenizer_files())
@@ -25,7 +26,7 @@ SAMPLE = list(made.episodes(300, seed=0))
 def test_episode_depends_on_seed_and_number_alone():
     assert list(made.episodes(20, seed=0)) == SAMPLE[:20]
     assert list(made.episodes(20, seed=1)) != SAMPLE[:20]
-    assert all(2 < len(ids) == len(mask) <= made.LONGEST for ids, mask in SAMPLE)
+    assert all(2 < len(ids) == len(kinds) <= made.LONGEST for ids, kinds in SAMPLE)
 
 
 def test_tokenizer_and_texts_go_both_ways():
@@ -56,12 +57,11 @@ def test_held_out_formats_and_tasks_never_occur_in_pretraining():
     for form in formats.HELD_OUT.values():
         assert read.fullmatch(form.prompt((("a", "b"), ("c",))))
     end = language.SPECIAL.index("</s>")
-    for ids, mask in SAMPLE:
-        starts = np.flatnonzero(np.diff([1, *mask]) == -1)
-        for start in starts:
-            stop = start + mask[start:].index(1)
-            assert end not in ids[start:stop]
-            assert not read.fullmatch(TOKENIZER.decode(ids[start:stop], skip_special=True))
+    for ids, kinds in SAMPLE:
+        for is_answer, run in itertools.groupby(zip(ids, kinds), key=lambda pair: pair[1] == made.ANSWER):
+            prompt = [token for token, _ in run]
+            if not is_answer:
+                assert end not in prompt and not read.fullmatch(TOKENIZER.decode(prompt, skip_special=True))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -71,8 +71,8 @@ def test_targets_are_the_answers_and_verify(name):
         task = FAMILIES[name](rng)
         problems = made.problems(task, rng, 4)
         assert task.name == name and problems
-        ids, mask = made.episode(task, form, problems)
-        groups_of = itertools.groupby(zip(ids, mask), key=lambda pair: pair[1])
+        ids, kinds = made.episode(task, form, problems)
+        groups_of = itertools.groupby(zip(ids, kinds), key=lambda pair: pair[1] == made.ANSWER)
         runs = [[token for token, _ in run] for is_answer, run in groups_of if is_answer]
         assert len(runs) == len(problems)
         assert [run[-1] for run in runs[:-1]] == [TOKENIZER.id_of("\n\n")] * (len(runs) - 1)
@@ -138,6 +138,17 @@ def test_answers_by_hand(name, groups, answer):
     assert " ".join(task.solve(tuple(tuple(group.split()) for group in groups))) == answer
 
 
+def test_words_of_the_format_are_targets_from_the_second_example_on():
+    form = formats.Format("{a} {m} {x}\n{b} {m}", ("input", "output"), ":", ("[", "]"), names_task=True)
+    task = FAMILIES["last"](random.Random(0))
+    ids, kinds = made.episode(task, form, [((("a", "b"),), ("b",)), ((("c", "d", "e"),), ("e",))])
+    told = dict(enumerate("IFA"))
+    found = [f"{told[kind]}{language.vocabulary()[token]}" for token, kind in zip(ids, kinds)]
+    first = "I<s> Ilast I\n Iinput I: Ia Ib I\n Ioutput I: A[ Ab A] A\n\n"
+    second = "Flast F\n Finput F: Ic Id Ie F\n Foutput F: A[ Ae A] A</s>"
+    assert found == f"{first} {second}".split(" ")
+
+
 def test_hidden_parts_are_told_by_the_instruction():
     """A constant, the labels, and words of other languages there and back."""
     added = FAMILIES["add_constant"](random.Random(0))
@@ -173,7 +184,8 @@ def test_gate_asks_the_same_with_and_without_demonstrations():
 def test_library_trains_on_the_answers(tmp_path):
     file = tmp_path / "episodes.parquet"
     tokens, targets = write_episodes(file, 40)
-    assert (tokens, targets) == tuple(sum(map(f, column)) for f, column in zip((len, sum), zip(*SAMPLE[:40])))
+    assert tokens == sum(len(ids) for ids, _ in SAMPLE[:40])
+    assert targets == sum(kind != made.INPUT for _, kinds in SAMPLE[:40] for kind in kinds)
     recipe = config.load(f"{pathlib.Path(laboratory.__file__).parent}/config.py:{tmp_path}")
     (stage,) = recipe.stages
     assert recipe.model.source == f"{tmp_path}/model"
@@ -187,3 +199,21 @@ def test_records_differ_and_have_options():
     found = made.records("entails", form, 50, seed=0, labels=("true", "false"))
     assert len({record["prompt"] for record in found}) == 50
     assert {record["completion"] for record in found} == {" { true }", " { false }"} == set(found[0]["options"])
+
+
+def test_suite_shares_no_problem_and_asks_as_the_library_does(tmp_path, monkeypatch):
+    monkeypatch.setattr(suite, "TRAIN", 60)
+    monkeypatch.setattr(suite, "TEST", 40)
+    suite.write(tmp_path)
+    assert {entry.family for entry in suite.TARGETS.values()} <= tasks.HELD_OUT_FAMILIES.keys()
+    assert not any(entry.form.names_task for entry in suite.FEW_SHOT.values())
+    for spec in suite.evaluations(tmp_path, suite.ALL, limit=5, apart=("prompt",)):
+        assert spec.retention == (spec.label not in suite.TARGETS) == (spec.without == ("prompt",))
+        assert spec.chance == (0.5 if suite.ALL[spec.label].labels else None)
+        cases = read_cases(spec.data)
+        shown = read_cases(spec.data.replace("test.jsonl", "train.jsonl"))
+        assert len(cases) == 40 and not {case.prompt for case in cases} & {case.prompt for case in shown}
+        prompt = few_shot(cases[:1], shot_pool(spec.shots, spec.shots_from), spec.shots, 0)[0]
+        assert prompt.count(made.SEPARATOR) == spec.shots
+        ids = TOKENIZER.encode(prompt + cases[0].answer)
+        assert TOKENIZER.id_of("<unk>") not in ids and len(ids) < made.LONGEST

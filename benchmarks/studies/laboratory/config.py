@@ -2,12 +2,13 @@
 
     luthier train --config=benchmarks/studies/laboratory/config.py:DIR --workdir=DIR/run
 
-DIR is what `laboratory.make` wrote. Every answer of an episode is a target, nothing else is.
+DIR is what `laboratory.make` wrote. Targets are the answers and the words of the format, as `laboratory.episodes` marks
+them.
 """
 
 from luthier import config as c
 
-STEPS, ROWS, LENGTH = 3300, 16, 256
+STEPS, ROWS, LENGTH = 6600, 8, 256
 
 
 def get_config(folder: str = "runs/laboratory"):
@@ -23,9 +24,9 @@ def get_config(folder: str = "runs/laboratory"):
                 sequence_length=LENGTH,
                 train=("params",),
                 optimizer=c.spec("adamw", b2=0.98, weight_decay=0.05),
-                schedule=c.spec("cosine", peak=2e-3, warmup=0.05, final=0.02),
+                schedule=c.spec("cosine", peak=1.5e-3, warmup=0.03, final=0.02),
             ),
         ),
-        checkpoint=c.checkpoint(every=100),
-        logging=c.logging(every=10, tensorboard=False),
+        checkpoint=c.checkpoint(every=200),
+        logging=c.logging(every=20, tensorboard=False),
     )

@@ -11,6 +11,7 @@ from laboratory.tasks import FAMILIES, HELD_OUT_FAMILIES, Answer, Groups, Task
 SEPARATOR = "\n\n"  # between solved examples, as in luthier.evals.cases
 LONGEST = 256  # tokens of an episode
 FORMATS = 3000
+INPUT, FORMAT, ANSWER = 0, 1, 2
 # Tasks whose hidden part is new in every episode come more often: only the context helps there.
 WEIGHTS = {"choose_category": 4.0, "lookup": 2.0, "add_constant": 2.0}
 
@@ -35,19 +36,22 @@ def problems(task: Task, rng: random.Random, count: int) -> list[Problem]:
 
 
 def episode(task: Task, form: Format, examples: list[Problem]) -> tuple[list[int], list[int]]:
-    """Token ids from `<s>` to `</s>`, and a mask of the answers with what ends them.
+    """Token ids from `<s>` to `</s>`, and of each whether it is INPUT, FORMAT or ANSWER (with what ends it).
 
-    Every answer is a target, so an episode of n examples trains 0 to n − 1 shots. Examples that would make it longer
-    than LONGEST are left out.
+    All but INPUT are targets: every answer, so an episode of n examples trains 0 to n − 1 shots, and the words of the
+    format, which are there to be copied from the second example on (before, nothing tells them: they count as INPUT).
+    Examples that would make an episode longer than LONGEST are left out.
     """
-    ids, mask = [_IDS["<s>"]], [0]
-    for groups, answer in examples:
-        prompt, completion = (encode(t) for t in (form.prompt(groups, task.instruction), form.completion(answer)))
-        if len(ids) + len(prompt) + len(completion) + 1 > LONGEST:
+    ids, kinds = [_IDS["<s>"]], [INPUT]
+    for number, (groups, answer) in enumerate(examples):
+        before, given, after = (encode(part) for part in form.parts(groups, task.instruction))
+        completion = [*encode(form.completion(answer)), _IDS[SEPARATOR]]
+        if len(ids) + len(before) + len(given) + len(after) + len(completion) > LONGEST:
             break
-        ids += [*prompt, *completion, _IDS[SEPARATOR]]
-        mask += [0] * len(prompt) + [1] * (len(completion) + 1)
-    return [*ids[:-1], _IDS["</s>"]], mask
+        ids += [*before, *given, *after, *completion]
+        told = FORMAT if number else INPUT
+        kinds += [told] * len(before) + [INPUT] * len(given) + [told] * len(after) + [ANSWER] * len(completion)
+    return [*ids[:-1], _IDS["</s>"]], kinds
 
 
 def episodes(count: int, seed: int) -> Iterator[tuple[list[int], list[int]]]:

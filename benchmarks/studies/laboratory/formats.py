@@ -57,12 +57,14 @@ class Format:
     names_task: bool = False
 
     def prompt(self, groups: Groups, instruction: tuple[str, ...] = ()) -> str:
+        return "".join(self.parts(groups, instruction))
+
+    def parts(self, groups: Groups, instruction: tuple[str, ...] = ()) -> tuple[str, str, str]:
+        """A prompt as what is before the input, the input, and what is after it."""
         lists = [_join(group, self.between_items) for group in groups]
-        filled = self.layout.format(
-            a=self.fields[0], b=self.fields[1], m=self.mark, x=_join(lists, self.between_groups)
-        )
+        before, after = self.layout.format(a=self.fields[0], b=self.fields[1], m=self.mark, x="\0").split("\0")
         told = f"{' '.join(instruction)}\n" if self.names_task else ""
-        return told + filled
+        return told + before, _join(lists, self.between_groups), after
 
     def completion(self, answer: Answer) -> str:
         """A blank, then the answer."""

@@ -11,7 +11,7 @@ import jax
 import pyarrow
 import pyarrow.parquet
 
-from laboratory.episodes import episodes
+from laboratory.episodes import INPUT, episodes
 from laboratory.language import SPECIAL, tokenizer_files, vocabulary
 from luthier import bind, weights
 from luthier.data.tokenizer import Tokenizer
@@ -44,8 +44,9 @@ def write_model(folder: pathlib.Path, seed: int = SEED, **changes) -> int:
 
 
 def write_episodes(file: pathlib.Path, count: int, seed: int = SEED) -> tuple[int, int]:
-    """Pre-tokenised records, answers marked; returns tokens and targets."""
-    ids, masks = zip(*episodes(count, seed))
+    """Pre-tokenised records, targets marked; returns tokens and targets."""
+    ids, kinds = zip(*episodes(count, seed))
+    masks = [[int(kind != INPUT) for kind in each] for each in kinds]
     lists = {"input_ids": pyarrow.array(ids, pyarrow.list_(pyarrow.int32()))}
     lists["assistant_masks"] = pyarrow.array(masks, pyarrow.list_(pyarrow.int8()))
     pyarrow.parquet.write_table(pyarrow.table(lists), file, compression="zstd", row_group_size=5000)

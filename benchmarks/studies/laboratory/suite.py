@@ -1,0 +1,99 @@
+"""What the studies teach the laboratory model, and what they watch it keep.
+
+`write(folder)` makes FOLDER/LABEL/{train,test}.jsonl; `evaluations` gives the specs of a recipe.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Iterable, Mapping
+
+from ml_collections import ConfigDict
+
+from laboratory.episodes import records
+from laboratory.formats import HELD_OUT, LAYOUTS, Format
+from luthier import config as c
+
+TRAIN, TEST = 2000, 300
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A family of tasks in one format, its classes called by `labels`, asked after `shots` solved examples."""
+
+    family: str
+    form: Format
+    labels: tuple[str, ...] = ()
+    shots: int = 4
+
+
+# Held out of pretraining: taught without demonstrations, in one format.
+TARGETS: Mapping[str, Entry] = {
+    # As RTE for ProMoT: two answers, so a format to specialise in.
+    "entails": Entry(
+        "entails", Format(LAYOUTS[0], ("text", "answer"), ":", between_groups="and"), ("true", "false"), 0
+    ),
+    # As En-Fr: new words, read off known ones.
+    "translate": Entry("plain_to_muhor", Format(LAYOUTS[1], ("source", "target"), "->"), (), 0),
+    "sum": Entry("sum_of_three", Format(LAYOUTS[5], ("given", "result"), "=", between_items="+"), (), 0),
+}
+# Few-shot tasks in many formats, known and held-out ones; none names its task.
+FEW_SHOT: Mapping[str, Entry] = {
+    "reverse": Entry("reverse", HELD_OUT["passage-verdict"]),
+    "rotate": Entry("rotate", Format(LAYOUTS[3], ("", ""), "=>", ("[", "]"))),
+    "last": Entry("last", HELD_OUT["braces"]),
+    "sort": Entry("sort_numbers", Format(LAYOUTS[0], ("question", "answer"), ":", between_items=",")),
+    "largest": Entry("largest", HELD_OUT["both-sides"]),
+    "successor": Entry("next_letter", HELD_OUT["tilde"]),
+    "plus": Entry("plus", Format(LAYOUTS[5], ("x", "y"), "is", between_groups="with")),
+    "outlier": Entry("outlier", HELD_OUT["signal-echo"]),
+    "lookup": Entry("lookup", Format(LAYOUTS[2], ("query", "reply"), ":")),
+    "to-bakan": Entry("plain_to_bakan", HELD_OUT["marked"]),
+    "compare": Entry("compare", Format(LAYOUTS[6], ("item", "label"), "?"), ("up", "down")),
+    "kind": Entry("same_kind", HELD_OUT["answer-first"], ("sweet", "sour")),
+    "member": Entry("member", HELD_OUT["becomes"], ("hot", "cold")),
+}
+# Zero-shot tasks that the format names, as instructions do.
+NAMED: Mapping[str, Entry] = {
+    "told-reverse": Entry("reverse", Format(LAYOUTS[3], ("", ""), "=", names_task=True), shots=0),
+    "told-plus": Entry("plus", Format(LAYOUTS[1], ("input", "output"), ":", names_task=True), shots=0),
+    "told-translate": Entry("plain_to_zelin", Format(LAYOUTS[0], ("text", "result"), ":", names_task=True), shots=0),
+}
+ALL = {**TARGETS, **FEW_SHOT, **NAMED}
+
+
+def write(folder: pathlib.Path, seed: int = 0) -> None:
+    """Train and test records of every entry; no problem is in both."""
+    for label, entry in ALL.items():
+        found = records(entry.family, entry.form, TRAIN + TEST, seed, entry.labels)
+        (folder / label).mkdir(parents=True, exist_ok=True)
+        for name, part in {"test": found[:TEST], "train": found[TEST:]}.items():
+            text = "".join(json.dumps(record) + "\n" for record in part)
+            (folder / label / f"{name}.jsonl").write_text(text)
+
+
+def evaluations(
+    folder: str | pathlib.Path, labels: Iterable[str], *, limit: int = TEST, apart: tuple[str, ...] = ()
+) -> tuple[ConfigDict, ...]:
+    """Specs that ask for the entries; all but the targets count for the retention table.
+
+    Args:
+      apart: collections of tuners that stay with the targets and are left out elsewhere, such as ProMoT's `prompt`.
+    """
+    return tuple(
+        c.spec(
+            "verifier",
+            label=label,
+            data=f"{folder}/{label}/test.jsonl",
+            verifier="exact",
+            shots=ALL[label].shots,
+            shots_from=f"{folder}/{label}/train.jsonl" if ALL[label].shots else None,
+            limit=limit,
+            max_new_tokens=12,
+            batch_size=64,
+            retention=label not in TARGETS,
+            chance=1 / len(ALL[label].labels) if ALL[label].labels else None,
+            without=() if label in TARGETS else apart,
+        )
+        for label in labels
+    )
