@@ -54,6 +54,10 @@ ROWS = (
     Row("smollm2-135m", "full", "v5e:1x1", 1),
     Row("smollm2-135m", "full", "v6e:1x1", 1),
     Row("llama3-8b", "full", "v6e:16x16", 8, overrides=LONG),
+    Row("llama3-8b", "otr", "v5e:4x4", 16),
+    Row("llama3-8b", "asft", "v5e:4x4", 16),
+    Row("llama3-8b", "prompt", "v5e:2x4", 8),
+    Row("llama3-8b", "promot", "v5e:4x4", 16),
 )
 
 

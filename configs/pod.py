@@ -1,6 +1,7 @@
 """Fine-tuning on a slice of accelerators: fully sharded weights, bfloat16 activations, long rows.
 
-`--config=configs/pod.py` trains every weight, `--config=configs/pod.py:lora` a LoRA of rank 16.
+`--config=configs/pod.py` trains every weight; `:METHOD` is one of `METHODS`: a LoRA of rank 16, one-token rollout,
+anchored fine-tuning (which keeps the start model beside it), prompt tuning, or ProMoT's second stage.
 Point it at your model and records, and ask first whether it fits:
 
   luthier compile-check --config=configs/pod.py --topology=v5e:4x4 --model=llama3-8b
@@ -10,14 +11,27 @@ Point it at your model and records, and ask first whether it fits:
 import pathlib
 
 from luthier import config as c
+from luthier.errors import LuthierError, near
 
 EXAMPLE = str(pathlib.Path(__file__).parent / "tasks" / "chain_sum" / "train.jsonl")
+SOFT = c.spec("prompt_tuning", length=100)
+METHODS = {
+    # name: (highest learning rate, what differs in the stage)
+    "full": (1e-5, {}),
+    "lora": (2e-4, {"tuners": (c.spec("lora", rank=16),)}),
+    "otr": (1e-5, {"objective": c.spec("one_token_rollout")}),
+    "asft": (1e-5, {"objective": c.spec("asft")}),
+    "prompt": (0.3, {"tuners": (SOFT,)}),
+    "promot": (1e-5, {"tuners": (SOFT,), "train": ("params",)}),
+}
 
 
-def get_config(tune: str = "full"):
-    tuners, peak = ((c.spec("lora", rank=16),), 2e-4) if tune == "lora" else ((), 1e-5)
+def get_config(method: str = "full"):
+    if method not in METHODS:
+        raise LuthierError(f"unknown method {method!r}", where="configs/pod.py", mend=near(method, METHODS))
+    peak, what = METHODS[method]
     return c.recipe(
-        name=f"pod-{tune}",
+        name=f"pod-{method}",
         model=c.model("smollm2-135m", compute_dtype="bfloat16", remat="full"),
         mesh=c.mesh(data=1, fsdp=-1),
         stages=(
@@ -26,9 +40,9 @@ def get_config(tune: str = "full"):
                 steps=1000,
                 batch_size=16,
                 sequence_length=4096,
-                tuners=tuners,
                 optimizer=c.spec("adamw", first_moment_dtype="bfloat16"),
                 schedule=c.spec("cosine", peak=peak, warmup=0.03),
+                **what,
             ),
         ),
         checkpoint=c.checkpoint(every=100),

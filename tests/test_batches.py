@@ -13,6 +13,8 @@ from tiny_text import tiny_tokenizer
 
 from luthier import config
 from luthier.data import batches, cache, sources
+from luthier.data.demonstrations import drawn, with_demonstrations
+from luthier.data.records import Chat, Segment, Text
 from luthier.errors import LuthierError
 
 WORDS = "the sky is blue and sea wide deep answer question how many".split()
@@ -85,6 +87,32 @@ def expected_segments(rows, tokenizer):
         weights = [1.0 if i + 1 >= shared else 0.0 for i in range(len(whole) - 1)] + [0.0]
         found.append((tuple(whole), tuple(whole[1:]) + (tokenizer.pad_id,), tuple(weights), tuple(range(len(whole)))))
     return sorted(found)
+
+
+def test_demonstrations_come_before_the_prompt(tmp_path):
+    """Every example once, each after so many others as they were written; only its own answer is trained."""
+    rows, tokenizer = records(20), tiny_tokenizer()
+    epoch = epoch_of(built(file_of(tmp_path / "a.jsonl", rows), sequence_length=256, shots=2))
+    whole = {row["prompt"] + row["completion"]: row for row in rows}
+    asked = []
+    for tokens, targets, weights, _ in segments(epoch):
+        *shots, last = tokenizer.decode(tokens[:-1]).split("\n\n")
+        assert len(set(shots) | {last}) == 3 and {*shots, last} <= whole.keys()
+        trained = tokenizer.decode([token for token, weight in zip(targets, weights) if weight][:-1])
+        assert whole[last]["completion"].strip() == trained.strip()
+        asked.append(last)
+    assert sorted(asked) == sorted(whole)
+
+
+def test_chats_have_demonstrations_as_earlier_turns():
+    turn = lambda role, text: {"role": role, "content": text}  # noqa: E731
+    chat = lambda n: Chat((turn("system", "S"), turn("user", f"q{n}"), turn("assistant", f"a{n}")), 2)  # noqa: E731
+    made = with_demonstrations(chat(0), [chat(1), chat(2)], "x")
+    assert [m["content"] for m in made.messages] == ["S", "q1", "a1", "q2", "a2", "q0", "a0"] and made.prompt_turns == 6
+    with pytest.raises(LuthierError, match="of one kind"):
+        with_demonstrations(chat(0), [Text((Segment("text", "x"),))], "x")
+    with pytest.raises(LuthierError, match="3 demonstrations of 3 examples"):
+        drawn(0, 3, 3)
 
 
 @pytest.mark.parametrize("packing", ["best_fit", "none"])

@@ -24,8 +24,11 @@ COMPILED = json.loads((BENCHMARKS / "results" / "aot.json").read_text())
 sys.path.insert(0, str(BENCHMARKS))
 import maxtext_published as maxtext  # noqa: E402
 
+# Other methods need what the closed form does not count: a reference model, a prompt.
+PLAIN = [row for row in COMPILED if any(f"-{tune}-" in row["name"] for tune in ("full", "lora"))]
 
-@pytest.mark.parametrize("compiled", COMPILED, ids=[row["name"] for row in COMPILED])
+
+@pytest.mark.parametrize("compiled", PLAIN, ids=[row["name"] for row in PLAIN])
 def test_an_estimate_is_near_the_compiled_program(compiled):
     model, tune = next(
         (name, tune) for name in PRESETS for tune in ("full", "lora") if compiled["name"].startswith(f"{name}-{tune}")
@@ -47,8 +50,7 @@ def test_an_estimate_is_near_the_compiled_program(compiled):
     generation, _, shape = compiled["topology"].partition(":")
     got = estimate(layers, work, mesh, Slice(shape, 1, CHIPS[generation]))
     assert got.flops == pytest.approx(compiled["flops"], rel=0.015)
-    if mesh["sequence"] == 1:  # that row was compiled when weights were split over `fsdp` alone
-        assert got.peak == pytest.approx(compiled["peak"], rel=0.2)
+    assert got.peak == pytest.approx(compiled["peak"], rel=0.2)
     if compiled["collectives"]:
         # Of some scatters libtpu makes all-reduces, of twice the bytes (docs/scaling.md).
         wire = sum(one["wire_bytes"] / (1 + (one["kind"] == "all-reduce")) for one in compiled["collectives"])

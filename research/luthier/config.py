@@ -146,6 +146,7 @@ def data(
     rate: float = 1.0,
     limit: int | None = None,
     prompt: int = 0,
+    shots: int = 0,
 ) -> ConfigDict:
     """One source of examples.
 
@@ -160,6 +161,7 @@ def data(
       rate: share of this source in a mixture, relative to the others.
       limit: use only the first so many records.
       prompt: which soft prompt the examples carry, where the stage has a tuner with several.
+      shots: other examples of the source, solved, before each prompt (ProMoT's "+1-shot" is 1).
     """
     return _locked({**locals(), "columns": dict(columns or {}), "roles": dict(roles or {})})
 

@@ -27,6 +27,7 @@ from ml_collections import ConfigDict
 from luthier.config import thaw
 from luthier.data import cache, packing, tokenize
 from luthier.data.chat import ChatTemplate
+from luthier.data.demonstrations import drawn, with_demonstrations
 from luthier.data.records import Format
 from luthier.data.sources import Source, open_source
 from luthier.errors import LuthierError, near
@@ -347,24 +348,33 @@ def _part(
     key = cache.key_of(
         source.fingerprint,
         json.dumps([form.name, dict(form.columns), dict(form.roles), section.train_on], sort_keys=True),
+        *([f"{section.shots} shots"] if section.shots else []),
         tokenizer.fingerprint,
         json.dumps([tokenizer.bos_id, tokenizer.eos_ids, tokenizer.vocab_size]),
         template.source + json.dumps(template.special_tokens, sort_keys=True) if template else "",
         tokenizers.__version__,
         jinja2.__version__,
     )
-    produce = functools.partial(_tokenised, source, form, tokenizer, template, section.train_on)
+    produce = functools.partial(_tokenised, source, form, tokenizer, template, section.train_on, section.shots)
     tokens = cache.open_or_build(key, produce, root=cache_dir)
     return _kept(section, source, rate, tokens, sequence_length)
 
 
-def _tokenised(source: Source, form: Format, tokenizer, template, train_on: str) -> Iterator[list[tokenize.Tokens]]:
+def _tokenised(
+    source: Source, form: Format, tokenizer, template, train_on: str, shots: int
+) -> Iterator[list[tokenize.Tokens]]:
     """Tokenised chunks of a source, in order; reading and rendering run ahead of the tokenizer."""
+
+    def example(i: int):
+        alone = form.read(source[i], source.where(i))
+        if not shots:
+            return alone
+        others = [form.read(source[j], source.where(j)) for j in drawn(i, len(source), shots)]
+        return with_demonstrations(alone, others, source.where(i))
 
     def chunk(start: int) -> list[tokenize.Tokens]:
         indices = range(start, min(start + _CHUNK, len(source)))
-        where = [source.where(i) for i in indices]
-        examples = [form.read(source[i], place) for i, place in zip(indices, where)]
+        examples, where = [example(i) for i in indices], [source.where(i) for i in indices]
         return tokenize.tokenize(examples, where, tokenizer=tokenizer, template=template, train_on=train_on)
 
     ahead = prefetch(lambda step: chunk(step * _CHUNK), depth=2)

@@ -159,7 +159,8 @@ def from_source(
     ]
     bound = bind(model, tuners)
     adapters = {name: adapter.variables for name, adapter in zip(names, loaded.adapters)}
-    _check_fits(bound, adapters, source)
+    if adapters:
+        _check_fits(bound, adapters, source)
     variables = {"params": loaded.params, **_placed(bound, adapters)}
     tokenizer = loaded.tokenizer
     chosen = template if template is not None else tokenizer.chat_template

@@ -6,13 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from luthier.data.demonstrations import SEPARATOR
 from luthier.data.records import Chat, Format, Text
 from luthier.data.sources import open_source
 from luthier.decoding.policy import Prompt
 from luthier.errors import LuthierError
-
-# Between solved examples of a text prompt.
-SEPARATOR = "\n\n"
 
 
 @dataclasses.dataclass(frozen=True)

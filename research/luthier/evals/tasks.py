@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from luthier.data.demonstrations import SEPARATOR
 from luthier.data.records import Format
 from luthier.data.sources import open_source
 from luthier.data.tokenize import tokenize
@@ -16,7 +17,7 @@ from luthier.decoding import Policy, Sampling, generate, score
 from luthier.decoding.score import score_tokens
 from luthier.errors import LuthierError, near
 from luthier.evals import statistics, verifiers
-from luthier.evals.cases import SEPARATOR, Case, few_shot, read_cases, shot_pool
+from luthier.evals.cases import Case, few_shot, read_cases, shot_pool
 from luthier.evals.results import EvalResult
 
 
