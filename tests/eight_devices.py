@@ -25,7 +25,7 @@ from luthier.parallel import make_mesh, make_sharder, reduce_scatter
 from luthier.training.aot import abstract_step
 from luthier.training.flops import matmul_flops
 from luthier.training.hlo import collectives
-from luthier.training.state import init_variables, split
+from luthier.training.state import split
 from luthier.training.step import make_gradients
 from luthier.tuners import bind
 from luthier.tuners.adapter import adapter
@@ -163,8 +163,7 @@ def steps():
 
 
 def tuners():
-    """One tuner at each kind of site, all at once: where they start, their loss and its gradients on a mesh are those
-    of one device."""
+    """One tuner at each kind of site, all at once: loss and gradients on a mesh are those of one device."""
     shape = tiny_policy.config(hidden_size=64, intermediate_size=96, num_attention_heads=8, num_key_value_heads=4)
     parts = (
         ia3(),
@@ -186,66 +185,37 @@ def tuners():
     }
     batch["loss_weights"][:, 20:] = 0
     one = make_sharder(make_mesh(devices=jax.devices()[:1]), num_heads=8, num_kv_heads=4)
-    params = jax.device_get(nn.unbox(jax.jit(bind(Transformer(shape)).init)(jax.random.key(0)))["params"])
-    fresh, found, moved = [], [], None
-    for s in (one, sharder((2, 2, 2, 1))):
+    trained, variables, found = [part.collection for part in parts], None, []
+    for s in (sharder((2, 2, 2, 1)), one):
         bound = bind(Transformer(shape, sharder=s), parts)
-        shardings = s.tree(jax.eval_shape(bound.init, jax.random.key(0)))
-        known = {"params": jax.device_put(params, shardings["params"])}
-        fresh.append(jax.device_get(init_variables(bound, s, 0, known)))
-        # Singular vectors have any sign: the numbers of one mesh go to the other.
-        noise = lambda x: x + rng.normal(scale=0.1, size=x.shape).astype(x.dtype)  # noqa: E731
-        trained = [part.collection for part in parts]
-        moved = moved or {name: jax.tree.map(noise, x) if name in trained else x for name, x in fresh[0].items()}
-        trainable, frozen = split(jax.device_put(moved, shardings), trained)
+        boxed = jax.eval_shape(bound.init, jax.random.key(0))
+        shardings = s.tree(boxed)
+        if variables is None:
+            drawn = jax.tree.map(lambda x: noise(rng, x), nn.unbox(boxed))
+            variables = jax.device_get(bound.start(jax.device_put(drawn, shardings), trained))
+            _check_lora_start(variables)
+            variables |= {name: jax.tree.map(lambda x: x + noise(rng, x), variables[name]) for name in trained}
+        trainable, frozen = split(jax.device_put(variables, shardings), trained)
         gradients = jax.jit(make_gradients(bound, token_objective(sft(), s)))
         loss, grads, _ = gradients(trainable, frozen, jax.device_put(batch, s.batch()), 0)
         found.append(jax.device_get((loss, grads)))
-    for variables in fresh:
-        numbers = variables["lora"]["layers"]["mlp"]["down"]
-        numbers["product"] = numbers.pop("a") @ numbers.pop("b")
-        close(numbers, fresh[0]["lora"]["layers"]["mlp"]["down"])
-        close(variables["prefix"], fresh[0]["prefix"])
-    close(found[1], found[0])
+    close(*found)
 
 
-SOFT = configs.spec("prompt_tuning", length=4, prompts=2)
-LEARNED = {
-    # name: (objective, tuners, trained, transforms)
-    "draws": ("one_token_rollout", (), (), ("masked_thought",)),
-    "reference": ("asft", (), (), ()),
-    "the model itself": ("asft", ("lora",), (), ()),
-    "a prompt": ("sft", (SOFT,), (), ()),
-    "a frozen prompt": ("asft", (SOFT,), ("params",), ()),
-}
+def noise(rng, x):
+    return rng.normal(scale=0.1, size=x.shape).astype(x.dtype)
 
 
-def methods():
-    """One objective, transform or prompt for each seam: 2 x 2 x 2 devices give the losses of one, random draws too."""
-    shape = tiny_policy.config(hidden_size=64, intermediate_size=160, num_attention_heads=8, num_key_value_heads=4)
-    few = ["model.compute_dtype=float32", "stages[0].batch_size=8", "stages[0].sequence_length=40"]
-    recipe = configs.load("configs/pod.py", few)
-    spec = lambda chosen: configs.spec(chosen) if isinstance(chosen, str) else chosen  # noqa: E731
-    for name, (objective, tuners, train, transforms) in LEARNED.items():
-        with recipe.unlocked():
-            stage = recipe.stages[0]
-            with stage.unlocked():
-                stage.objective, stage.train = spec(objective), train
-                stage.tuners, stage.transforms = tuple(map(spec, tuners)), tuple(map(spec, transforms))
-                stage.schedule = configs.spec("constant", peak=1e-2, warmup=0.0)
-        losses = []
-        for devices in (jax.devices()[:1], jax.devices()):
-            sizes = (1, 1, 1) if len(devices) == 1 else (2, 2, 2)
-            mesh = make_mesh(**dict(zip(("data", "fsdp", "tensor"), sizes)), devices=devices)
-            s = make_sharder(mesh, num_heads=8, num_kv_heads=4)
-            step, arguments, _ = abstract_step(recipe, recipe.stages[0], shape, s, "float32")
-            losses.append([float(one["loss"]) for one in _run(step, *arguments)])
-        np.testing.assert_allclose(*losses, rtol=1e-5, err_msg=name)
-        assert losses[0][0] != losses[0][1], name
+def _check_lora_start(variables):
+    """The largest singular triplets, and the lengths of the columns."""
+    kernel, numbers = (variables[name]["layers"]["mlp"]["down"] for name in ("params", "lora"))
+    u, s, v = np.linalg.svd(kernel["kernel"])
+    close(2 * numbers["a"] @ numbers["b"], (u[..., :2] * s[:, None, :2]) @ v[:, :2])
+    close(numbers["m"], np.linalg.norm(kernel["kernel"], axis=1))
 
 
-def _run(compiled, state, frozen, batch):
-    """Metrics of two steps from seeded values of the arguments' shapes."""
+def values(state, frozen, batch):
+    """Seeded values of the arguments of a step, the same on every mesh."""
     rng = np.random.default_rng(0)
 
     def value(path, leaf):
@@ -267,6 +237,12 @@ def _run(compiled, state, frozen, batch):
         slots = np.full(rows, -1, np.int32)
         slots[:, :4] = np.arange(4) + 4 * (np.arange(rows[0]) % 2)[:, None]
         batch["prompt_slots"] = jax.device_put(jnp.asarray(slots), batch["tokens"].sharding)
+    return state, frozen, batch
+
+
+def _run(compiled, *arguments):
+    """Metrics of two steps."""
+    state, frozen, batch = values(*arguments)
     for _ in range(2):
         state, metrics = compiled(state, frozen, batch)
         yield metrics
