@@ -46,7 +46,10 @@ def recipe(folder: pathlib.Path, cell: harness.Cell):
                 schedule=c.spec("cosine", peak=cell.rate),
             ),
         ),
-        evaluations=(c.spec("verifier", label="copy", **asked, retention=True),),
+        evaluations=(
+            c.spec("verifier", label="copy", **asked, retention=True),
+            c.spec("shift", label="moved", data=f"{folder}/test.jsonl", start=f"{folder}/model"),
+        ),
         checkpoint=c.checkpoint(every=0),
         logging=c.logging(every=10, tensorboard=False),
         seed=cell.seed,
