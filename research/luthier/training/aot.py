@@ -26,10 +26,9 @@ from luthier.training.hlo import Collective, collectives
 from luthier.training.reference import collections_of, reference_of
 from luthier.training.run import (
     config_sharder,
-    make_mask,
     make_model,
-    make_optimizer,
     make_stage_step,
+    make_update,
     model_flops_per_token,
     trained_collections,
 )
@@ -258,10 +257,10 @@ def abstract_step(config: ConfigDict, stage: ConfigDict, shape: ModelConfig, sha
             lambda leaf, sharding, dtype=dtype: abstract(leaf, sharding, dtype), nn.unbox(tree), sharder.tree(tree)
         )
     trainable = {name: variables[name] for name in trained}
-    (optimizer, schedule), mask = make_optimizer(stage, trainable), make_mask(stage, trainable)
+    update = make_update(stage, trainable)
     state = abstract_state(
         trainable,
-        optimizer,
+        update.optimizer,
         sharder,
         ema=bool(stage.ema),
         loss_scale=config.model.compute_dtype == "float16",
@@ -272,7 +271,7 @@ def abstract_step(config: ConfigDict, stage: ConfigDict, shape: ModelConfig, sha
     if bound.prompt_tuner:
         fields["prompt_slots"] = jnp.int32
     batch = {name: jax.ShapeDtypeStruct(rows, dtype, sharding=sharder.batch()) for name, dtype in fields.items()}
-    step = make_stage_step(config, stage, bound, optimizer, schedule, sharder, mask)
+    step = make_stage_step(config, stage, bound, update, sharder)
     frozen = {name: tree for name, tree in variables.items() if name not in trained}
     compared = reference_of(config, stage, bound)
     if compared is not None and (compared.model is not bound.model or collections_of(compared) & set(trained)):

@@ -5,7 +5,7 @@ import dataclasses
 import logging
 import tempfile
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -105,17 +105,16 @@ def train(config: ConfigDict, workdir: epath.PathLike | None = None, *, profile:
             compared = reference_of(config, stage, bound)
             beside = frozen | reference_variables(stage, compared, variables, train_names)
             variables = None  # The state is donated: only its newest version may be held.
-            optimizer, schedule = make_optimizer(stage, trainable)
-            mask = make_mask(stage, trainable)
+            update = make_update(stage, trainable)
             checkpoints = open_files.enter_context(_checkpoints(setup, stage))
             options = {"ema": bool(stage.ema), "loss_scale": config.model.compute_dtype == "float16"}
-            state, start = _restored(checkpoints, trainable, optimizer, setup.sharder, options)
+            state, start = _restored(checkpoints, trainable, update.optimizer, setup.sharder, options)
             del trainable  # A resumed run would hold the weights it started from as well.
             if start < stage.steps:
                 if writer is None:
                     writer = open_files.enter_context(_writer(setup, first + start))
                 state = run_stage(
-                    _stage(setup, stage, bound, frozen, optimizer, schedule, mask, setup.batches[index], first),
+                    _stage(setup, stage, bound, frozen, update, setup.batches[index], first),
                     state,
                     beside,
                     start=start,
@@ -257,14 +256,22 @@ def _check_handed_on(stage: ConfigDict, bound: Bound, variables: Variables) -> N
         )
 
 
-def make_optimizer(stage: ConfigDict, trainable: Variables) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """The optimizer of a stage, on the weights that its mask chooses, and its learning rate."""
-    schedule = resolve(stage.schedule, "schedule")(stage.steps)
-    optimizer, mask = resolve(stage.optimizer, "optimizer")(schedule), make_mask(stage, trainable)
-    return (masked(optimizer, mask) if mask else optimizer), schedule
+class Update(NamedTuple):
+    """How a stage moves what it trains: the optimizer, its learning rate by step, and which weights it moves."""
+
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+    mask: Mask | None
 
 
-def make_mask(stage: ConfigDict, trainable: Variables) -> Mask | None:
+def make_update(stage: ConfigDict, trainable: Variables) -> Update:
+    """The update of a stage; of `trainable` only shapes are looked at."""
+    schedule, mask = resolve(stage.schedule, "schedule")(stage.steps), _mask(stage, trainable)
+    optimizer = resolve(stage.optimizer, "optimizer")(schedule)
+    return Update(masked(optimizer, mask) if mask else optimizer, schedule, mask)
+
+
+def _mask(stage: ConfigDict, trainable: Variables) -> Mask | None:
     """Which weights of the model a stage moves; tuners move whole."""
     if stage.mask is None:
         return None
@@ -301,10 +308,8 @@ def _writer(setup: Setup, resume_step: int) -> MetricsWriter:
     return MetricsWriter(setup.workdir, tensorboard=chosen.tensorboard, wandb=chosen.wandb, resume_step=resume_step)
 
 
-def _stage(
-    setup: Setup, stage: ConfigDict, bound: Bound, frozen, optimizer, schedule, mask, batches, first: int
-) -> Stage:
-    step = make_stage_step(setup.config, stage, bound, optimizer, schedule, setup.sharder, mask)
+def _stage(setup: Setup, stage: ConfigDict, bound: Bound, frozen, update: Update, batches, first: int) -> Stage:
+    step = make_stage_step(setup.config, stage, bound, update, setup.sharder)
 
     def evaluate_now(state: TrainState, number: int) -> dict[str, float]:
         variables = {**frozen, **(state.ema if stage.ema else state.trainable)}
@@ -324,22 +329,20 @@ def _stage(
     )
 
 
-def make_stage_step(
-    config: ConfigDict, stage: ConfigDict, bound: Bound, optimizer, schedule, sharder: Sharder, mask: Mask | None = None
-) -> Step:
+def make_stage_step(config: ConfigDict, stage: ConfigDict, bound: Bound, update: Update, sharder: Sharder) -> Step:
     """The step that a stage of a recipe runs."""
     loss = resolve(stage.objective, "objective")()
     reference, vocabulary = reference_of(config, stage, bound), bound.model.config.vocab_size
     return make_step(
         bound,
         token_objective(loss, sharder, reference=reference, dropout=config.model.dropout > 0),
-        optimizer,
-        schedule=schedule,
+        update.optimizer,
+        schedule=update.schedule,
         micro_batches=stage.micro_batches,
         clip_norm=stage.clip_norm,
         ema=stage.ema,
         transforms=[resolve(chosen, "transform")(stage.steps, vocabulary) for chosen in stage.transforms],
-        mask=mask,
+        mask=update.mask,
         seed=config.seed,
     )
 
