@@ -19,9 +19,8 @@ def ask(model, data, out):
     luthier("score", f"--model={model}", f"--input={data}", f"--output={out}/scores.jsonl", "--batch_size=4")
     sampling = ("--max_new_tokens=6", "--temperature=1", "--batch_size=4")
     luthier("generate", f"--model={model}", f"--input={data}", f"--output={out}/texts.jsonl", *sampling)
-    for task in ("verifier", "perplexity"):
-        words = (f"--task={task}", f"--task.data={data}", f"--task.label={task}", "--task.batch_size=4")
-        luthier("evaluate", f"--model={model}", *words, f"--output={out}")
+    task = ("--task=verifier", f"--task.data={data}", "--task.label=verifier", "--task.batch_size=4")
+    luthier("evaluate", f"--model={model}", *task, f"--output={out}")
     luthier("export", f"--model={model}", f"--output={out}/whole", "--merge", "--max_shard_gb=1e-4")
 
 

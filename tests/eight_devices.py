@@ -219,8 +219,6 @@ LEARNED = {
     # name: (objective, tuners, trained, transforms)
     "draws": ("one_token_rollout", (), (), ("masked_thought",)),
     "reference": ("asft", (), (), ()),
-    "the model itself": ("asft", ("lora",), (), ()),
-    "a prompt": ("sft", (SOFT,), (), ()),
     "a frozen prompt": ("asft", (SOFT,), ("params",), ()),
 }
 

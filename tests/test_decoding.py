@@ -33,9 +33,10 @@ def forward(variables, batch, *, bound):
 
 def full_logits(policy, tokens):
     """Logits of every position by one uncached forward pass; later positions cannot matter."""
-    row = jnp.zeros((1, 128), jnp.int32).at[0, : len(tokens)].set(jnp.asarray(tokens))
-    batch = {"tokens": row, "positions": jnp.arange(128)[None], "segment_ids": jnp.ones_like(row)}
-    return np.asarray(forward(policy.variables, batch, bound=policy.bound)[0, : len(tokens)])
+    row = np.zeros((1, 128), np.int32)  # in numpy: JAX would compile a program for each length
+    row[0, : len(tokens)] = tokens
+    batch = {"tokens": row, "positions": np.arange(128)[None], "segment_ids": np.ones_like(row)}
+    return np.asarray(forward(policy.variables, batch, bound=policy.bound))[0, : len(tokens)]
 
 
 def greedy_by_full_forward(policy, prompt, length):

@@ -138,14 +138,6 @@ def test_every_mesh_gives_the_losses_of_one_device(tmp_path, stage, heads, kv_he
         assert all(part in line for part in parts), line
 
 
-def test_a_model_on_a_mesh_answers_as_on_one_device():
-    """Two processes do in test_processes.py."""
-    script = pathlib.Path(__file__).parent / "mesh_decoding.py"
-    command = [sys.executable, script, "2", "2", "2"]
-    run = subprocess.run(command, env=tiny_run.environment(8), capture_output=True, text=True, timeout=500)
-    assert run.returncode == 0 and run.stdout.endswith("same\n"), run.stderr[-3000:]
-
-
 def assert_same_end(found: pathlib.Path, wanted: pathlib.Path):
     """Weights, moments and what was trained on, but for rounding; it went on, and not from the start."""
     manifest = json.loads((found / "manifest.json").read_text())

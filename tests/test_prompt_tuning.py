@@ -118,7 +118,10 @@ def test_prompts_are_worth_tokens(tmp_path):
     # The tokens that only the wide vocabulary has are left out of its softmax.
     loss_fn = lambda logits, tok, keys: sft().token_fn(logits[:, :size], tok, keys)  # noqa: E731
     objective = token_objective(TokenLoss(loss_fn), tiny_training.SHARDER)
-    run = lambda policy, batch: make_gradients(policy.bound, objective)(policy.variables, {}, batch, jnp.int32(0))  # noqa: E731
+
+    def run(policy, batch):
+        return jax.jit(make_gradients(policy.bound, objective))(policy.variables, {}, batch, jnp.int32(0))
+
     (loss, gradients, _), (expected_loss, expected, _) = run(soft, rows), run(wide, spelled)
     assert float(loss) == pytest.approx(float(expected_loss), abs=1e-5)
     embedding = expected["params"]["embed"]["embedding"]
@@ -140,14 +143,16 @@ def test_decoding_with_a_prompt(number):
     size = soft.bound.model.config.vocab_size
     before = [] if number is None else extra_tokens(soft, number)
     made = generate(soft, prompts, Sampling(max_new_tokens=3), batch_size=4)
+
+    @jax.jit
+    def logits(batch):
+        return wide.bound.unembed(wide.variables, wide.bound.hidden(wide.variables, batch)[0][0])[:, :size]
+
     for prompt, generation in zip(prompts, made):
         tokens = [*before, *soft.encode(prompt)]
         for token in generation.token_ids:
-            row = np.asarray(tokens)[None]
-            batch = {"tokens": row, "positions": np.arange(row.size)[None], "segment_ids": np.ones_like(row)}
-            hidden, _ = wide.bound.hidden(wide.variables, batch)
-            logits = wide.bound.unembed(wide.variables, hidden[0, -1])[:size]
-            assert token == int(jnp.argmax(logits))
+            batch = batching.padded([tokens], 32, left=False)
+            assert token == np.asarray(logits(batch))[len(tokens) - 1].argmax()
             tokens.append(token)
     pairs = [{"prompt": p, "completion": soft.decode(g.token_ids)} for p, g in zip(prompts, made)]
     pairs = [pair for pair in pairs if pair["completion"]]

@@ -214,10 +214,11 @@ def test_masked_thought_is_the_same_in_micro_batches():
         jax.jit(make_gradients(bound, tiny_training.sft_objective(), micro_batches=parts, transforms=used))(
             {"params": params}, {}, batch, jnp.int32(0)
         )[0]
-        for parts, used in [(1, [transform]), (4, [transform]), (1, [])]
+        for parts, used in [(1, [transform]), (4, [transform])]
     ]
     assert float(losses[0]) == pytest.approx(float(losses[1]), abs=1e-6)
-    assert abs(float(losses[0]) - float(losses[2])) > 1e-3
+    changed = transform(sft_batch(), jax.random.key(0), jnp.int32(0))["tokens"] != batch["tokens"]
+    assert changed.any()
 
 
 @pytest.mark.parametrize("vocabulary", [2, 1003])
