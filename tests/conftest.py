@@ -16,7 +16,6 @@ CORE = {
     "test_package.py",
     "test_packing.py",
     "test_records.py",
-    "test_report.py",
     "test_statistics.py",
 }
 
