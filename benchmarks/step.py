@@ -2,11 +2,12 @@
 
     pip install 'luthier[parity]' && python benchmarks/step.py
 
-SmolLM2-135M's shapes with random weights, batch 4 × 256 without padding, float32, AdamW, on a few CPU
-cores. `sft` trains every weight; `lora` trains rank 16 on all linear maps (PEFT on torch's side). Every measurement
-is a process of its own, so its peak memory (VmHWM, compilation included) and caches are its own; workloads
-alternate, so that a slow spell of the machine hits all of them. `products` runs luthier's matrix products of
-that step and nothing else: what no step of the same arithmetic can beat. Reported are medians over the
+SmolLM2-135M's shapes with random weights, batch 4 × 256 without padding, float32, AdamW, on a few CPU cores. `sft`
+trains every weight; `lora` trains rank 16 on all linear maps (PEFT on torch's side); `dpo` trains every weight on 4
+pairs of answers, each half of its 128 tokens, with the reference model's pass in the step (on torch's side with TRL's
+head). Every measurement is a process of its own, so its peak memory (VmHWM, compilation included) and caches are its
+own; workloads alternate, so that a slow spell of the machine hits all of them. `products` runs luthier's matrix
+products of that step and nothing else: what no step of the same arithmetic can beat. Reported are medians over the
 repeats of each process's median step. Linux only (/proc).
 """
 
@@ -20,8 +21,10 @@ import subprocess
 import sys
 import time
 
-TUNES, LIBRARIES = ("sft", "lora"), ("luthier", "torch", "torch-compile", "products")
-WORKLOADS = tuple(f"{library}-{tune}" for tune in TUNES for library in LIBRARIES)
+TUNES, LIBRARIES = ("sft", "lora", "dpo"), ("luthier", "torch", "torch-compile", "products")
+WORKLOADS = tuple(
+    f"{library}-{tune}" for tune in TUNES for library in LIBRARIES if (library, tune) != ("products", "dpo")
+)
 SMOLLM2_135M = {
     "model_type": "llama",
     "vocab_size": 49152,
@@ -37,6 +40,7 @@ SMOLLM2_135M = {
     "hidden_act": "silu",
 }
 RANK, ALPHA, LEARNING_RATE = 16, 32, 1e-4
+BETA = 0.1
 RESULTS = pathlib.Path(__file__).parent / "results" / "step.json"
 
 
@@ -52,6 +56,8 @@ def luthier_step(tune: str, tokens, remat: str, shape: dict = SMOLLM2_135M, dtyp
 
     from luthier.models import ModelConfig, Transformer
     from luthier.objectives import token_objective
+    from luthier.objectives.preference.objective import sequence_objective
+    from luthier.objectives.preference.pairs import dpo
     from luthier.objectives.sft import sft
     from luthier.optim import optimizers
     from luthier.parallel import make_mesh, make_sharder
@@ -70,17 +76,26 @@ def luthier_step(tune: str, tokens, remat: str, shape: dict = SMOLLM2_135M, dtyp
     trainable, frozen = split(variables, [trained])
     moment = None if dtype == "float32" else dtype
     optimizer = optimizers.adamw(lambda step: LEARNING_RATE, weight_decay=0.01, first_moment_dtype=moment)
+    objective = token_objective(sft(), sharder)
+    if tune == "dpo":
+        objective = sequence_objective(dpo(beta=BETA), 2, sharder, reference=bound)
+        frozen = {"reference": jax.tree.map(jnp.copy, trainable["params"])}
+        tokens = pairs(tokens).reshape(tokens.shape)
     state = init_state(trainable, optimizer, sharder)
     del variables, trainable
-    step = jit_step(make_step(bound, token_objective(sft(), sharder), optimizer, clip_norm=1.0))
+    step = jit_step(make_step(bound, objective, optimizer, clip_norm=1.0))
+    length = tokens.shape[1] // (2 if tune == "dpo" else 1)
+    place = np.tile(np.arange(tokens.shape[1], dtype=np.int32), (len(tokens), 1))
     weights = np.ones(tokens.shape, np.float32) if loss_weights is None else loss_weights.copy()
-    weights[:, -1] = 0
+    weights[place % length == length - 1] = 0
+    if tune == "dpo":
+        weights[place % length < length // 2 - 1] = 0
     batch = {
         "tokens": tokens,
         "targets": np.roll(tokens, -1, axis=1),
         "loss_weights": weights,
-        "segment_ids": np.ones_like(tokens),
-        "positions": np.tile(np.arange(tokens.shape[1], dtype=np.int32), (len(tokens), 1)),
+        "segment_ids": place // length + 1,
+        "positions": place % length,
     }
 
     def run() -> float:
@@ -89,6 +104,14 @@ def luthier_step(tune: str, tokens, remat: str, shape: dict = SMOLLM2_135M, dtyp
         return float(metrics["loss"])
 
     return run
+
+
+def pairs(tokens):
+    """Rows `[B, 2L]` as pairs of answers to one prompt, `[B, 2, L]`; the prompt is half of L."""
+    made = tokens.reshape(len(tokens), 2, -1).copy()
+    prompt = made.shape[2] // 2
+    made[:, 1, :prompt] = made[:, 0, :prompt]
+    return made
 
 
 def torch_model(shape: dict, dtype: str, device: str):
@@ -131,14 +154,45 @@ def torch_step(
     forward = torch.compile(model) if compiled else model
     ids = torch.tensor(tokens, dtype=torch.long, device=device)
 
+    if tune == "dpo":
+        batch_loss = torch_dpo_loss(model, compiled, tokens, device)
+    else:
+        batch_loss = lambda: forward(input_ids=ids, labels=ids).loss  # noqa: E731
+
     def run() -> float:
         with torch.autocast(device, getattr(torch, dtype), enabled=dtype != "float32"):
-            loss = forward(input_ids=ids, labels=ids).loss
+            loss = batch_loss()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return loss.item()
+
+    return run
+
+
+def torch_dpo_loss(model, compiled: bool, tokens, device: str):
+    """A function that gives DPO's loss of the pairs, as TRL's `DPOTrainer` computes it."""
+    import copy
+
+    import torch
+    from trl.trainer.utils import add_fused_lm_head
+
+    reference = copy.deepcopy(model).eval().requires_grad_(False)
+    for each in (model, reference):
+        add_fused_lm_head(each)
+    policy, theirs = (torch.compile(model), torch.compile(reference)) if compiled else (model, reference)
+    found = pairs(tokens)
+    ids = torch.tensor(found.swapaxes(0, 1).reshape(-1, found.shape[2]), dtype=torch.long, device=device)
+    labels = ids.clone()
+    labels[:, : ids.shape[1] // 2] = -100
+    logps = lambda of: of(input_ids=ids, labels=labels, fused_lm_head=True).log_probs.sum(1)  # noqa: E731
+
+    def run():
+        with torch.no_grad():
+            before = logps(theirs)
+        chosen, rejected = (logps(policy) - before).chunk(2)
+        return -torch.nn.functional.logsigmoid(BETA * (chosen - rejected)).mean()
 
     return run
 

@@ -322,6 +322,21 @@ def test_plackett_luce_is_a_distribution_over_rankings():
     np.testing.assert_allclose(total, 1, rtol=1e-5)
 
 
+def test_weights_of_a_ranking():
+    """Of three answers the second weight is of DPO on the lower two, the first of InfoNCA on all."""
+    x = answers(4, count=3)
+    x = x._replace(scores=jnp.broadcast_to(jnp.array([2.0, 3.0, 1.0]), x.scores.shape))
+    weighted = lambda *w: call(of_ranked.plackett_luce_dpo(weights=w), x)[0]  # noqa: E731
+    lower = Pairs(x.logprob[:, 0], x.logprob[:, 2], x.reference[:, 0], x.reference[:, 2])
+    np.testing.assert_allclose(weighted(0.0, 1.0), call(of_pairs.dpo(), lower)[0], rtol=1e-5)
+    best = call(of_ranked.infonca(temperature=1e-3, beta=0.1), x)[0]
+    np.testing.assert_allclose(weighted(1.0, 0.0), best, rtol=1e-5)
+    np.testing.assert_allclose(weighted(0.25, 2.0), 0.25 * weighted(1.0, 0.0) + 2 * weighted(0.0, 1.0), rtol=1e-5)
+    for wrong in [(1.0,), (1.0, -1.0), (0.0, 0.0), ()]:
+        with pytest.raises(LuthierError, match="weights"):
+            weighted(*wrong)
+
+
 def test_clha_equals_the_authors_loops():
     x = answers(3, examples=6)
     means, score = np.asarray(x.logprob / x.tokens), np.asarray(x.scores)

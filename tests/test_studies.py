@@ -28,6 +28,7 @@ STUDIES = [
     ("preference", "preference"),
     ("promot_smollm2", "smollm2"),
     ("one_token_rollout_smollm2", "smollm2"),
+    ("preference_smollm2", "smollm2"),
 ]
 
 PLAN = harness.Plan(

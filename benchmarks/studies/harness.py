@@ -52,6 +52,7 @@ class Plan:
       minutes: what a cell takes, about.
       tune: the `measure` and the `seed` that choose each method's rate.
       methods: learning rates to try, by method.
+      curve: a `title`, and `at`, the step of each measure, where the plot is of one measure over steps.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Plan:
     tune: Mapping[str, Any]
     seeds: tuple[int, ...]
     methods: Mapping[str, tuple[float, ...]]
+    curve: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def tuning(self) -> list[Cell]:
         """Cells that choose a rate; a method with one rate needs none."""

@@ -58,9 +58,36 @@ def _tuning(plan: Plan, results: Mapping[str, Any]) -> list[str]:
 
 
 def plot(plan: Plan, results: Mapping[str, Any]) -> str:
+    """The results as SVG: lines over steps where the plan has a `curve`, else points with intervals."""
+    import vl_convert
+
+    chart = _lines(plan, results) if plan.curve else _points(plan, results)
+    return vl_convert.vegalite_to_svg(chart.to_dict(), allowed_base_urls=[])
+
+
+def _lines(plan: Plan, results: Mapping[str, Any]):
+    """A measure over the steps: every seed thin, the mean of each method thick."""
+    import altair as alt
+
+    rows = [
+        {"method": cell["method"], "seed": cell["seed"], "step": step, "value": cell["measures"][name]}
+        for cell in results["cells"]
+        for name, step in plan.curve["at"].items()
+    ]
+    base = alt.Chart(alt.Data(values=rows)).encode(
+        x=alt.X("step:Q", title="step"), color=alt.Color("method:N", title=None, sort=list(results["rates"]))
+    )
+    value = alt.Y("value:Q", title=plan.curve["title"])
+    each = base.mark_line(strokeWidth=1, opacity=0.35).encode(y=value, detail="seed:N")
+    mean = base.mark_line(strokeWidth=3, point=True).encode(
+        y=alt.Y("value:Q", aggregate="mean", title=plan.curve["title"])
+    )
+    return (each + mean).properties(width=480, height=280)
+
+
+def _points(plan: Plan, results: Mapping[str, Any]):
     """Every method's measures as points with intervals, one panel a measure."""
     import altair as alt
-    import vl_convert
 
     rows = [
         {"method": method, "measure": name, "value": mean, "low": max(low, -1e9), "high": min(high, 1e9)}
@@ -73,7 +100,7 @@ def plot(plan: Plan, results: Mapping[str, Any]) -> str:
     points = base.mark_point(filled=True, size=60).encode(x="value:Q")
     panels = (spans + points).properties(width=220, height=22 * len(results["rates"]))
     faceted = panels.facet(alt.Facet("measure:N", title=None, sort=list(plan.shows)), columns=3)
-    return vl_convert.vegalite_to_svg(faceted.resolve_scale(x="independent").to_dict(), allowed_base_urls=[])
+    return faceted.resolve_scale(x="independent")
 
 
 def _intervals(by_seed: Mapping[int, float]) -> list[tuple[float, float, float]]:

@@ -42,9 +42,18 @@ def write_data(folder: pathlib.Path) -> None:
     suite.write(folder)
     read = lambda part: [json.loads(line) for line in (folder / TARGET / f"{part}.jsonl").read_text().splitlines()]  # noqa: E731
     train, test = (_pairs(read(part)) for part in ("train", "test"))
-    side = lambda name: [{"prompt": pair["prompt"], "completion": pair[name]} for pair in test]  # noqa: E731
-    for name, found in {"pairs": train[SFT_RECORDS:], "chosen": side("chosen"), "rejected": side("rejected")}.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in found))
+    _write(folder / "pairs.jsonl", train[SFT_RECORDS:])
+    write_sides(folder, test)
+
+
+def write_sides(folder: pathlib.Path, pairs: Sequence[dict]) -> None:
+    """FOLDER/chosen.jsonl and FOLDER/rejected.jsonl: the pairs' prompts with either answer."""
+    for side in ("chosen", "rejected"):
+        _write(folder / f"{side}.jsonl", [{"prompt": pair["prompt"], "completion": pair[side]} for pair in pairs])
+
+
+def _write(file: pathlib.Path, records: Sequence[dict]) -> None:
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 def _pairs(records: Sequence[dict]) -> list[dict]:
@@ -77,10 +86,7 @@ def recipe(folder: pathlib.Path, plan: harness.Plan, cell: harness.Cell):
     else:
         kept = (label for label in suite.RETAINED if label != NEAR)
         asked = suite.evaluations(records, (TARGET, "odd-of-five", *kept))
-        asked += tuple(
-            c.spec("perplexity", label=side, data=f"{records}/{side}.jsonl", train_on="completion")
-            for side in ("chosen", "rejected")
-        )
+        asked += likelihoods(records)
     return c.recipe(
         name=cell.name,
         model=c.model(str(folder / "start" / "final"), remat="none"),
@@ -103,7 +109,15 @@ def recipe(folder: pathlib.Path, plan: harness.Plan, cell: harness.Cell):
     )
 
 
-def further(evaluations: Sequence[Evaluation]) -> dict[str, float]:
+def likelihoods(folder: pathlib.Path):
+    """Specs that measure how likely either answer is."""
+    return tuple(
+        c.spec("perplexity", label=side, data=f"{folder}/{side}.jsonl", train_on="completion")
+        for side in ("chosen", "rejected")
+    )
+
+
+def further(evaluations: Sequence[Evaluation], *, target: str = TARGET) -> dict[str, float]:
     """How the mean log-probability of a token of either answer rose or fell (nats), and wins over the start."""
     found = {(e.when, e.label): e for e in evaluations}
     measures = {}
@@ -112,7 +126,7 @@ def further(evaluations: Sequence[Evaluation]) -> dict[str, float]:
             rise = math.log(found["before", side].value / found["after", side].value)
             measures |= {f"{side}-rise": rise, f"{side}-fall": -rise}
     before, after = (
-        [record["score"] for record in found[when, TARGET].records] if (when, TARGET) in found else []
+        [record["score"] for record in found[when, target].records] if (when, target) in found else []
         for when in ("before", "after")
     )
     wins, losses = (sum(x > y for x, y in zip(*both)) for both in ((after, before), (before, after)))

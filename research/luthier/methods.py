@@ -188,7 +188,7 @@ METHODS: tuple[Method, ...] = (
             ("ranked", "infonca", "Softmax over K answers against their scores.", "S129", "InfoNCA (arXiv 2402.05369)"),
             ("ranked", "nca_rewards", "NCA over K scored answers.", "S129", "NCA (arXiv 2402.05369)"),
             ("ranked", "multi_negative_dpo", "One preferred answer against several.", "S127", "arXiv 2404.00604"),
-            ("ranked", "plackett_luce_dpo", "The likelihood of the whole ranking.", "-", "DPO (arXiv 2305.18290)"),
+            ("ranked", "plackett_luce_dpo", "The likelihood of the whole ranking.", "S133", "DPO (arXiv 2305.18290)"),
             ("ranked", "clha", "Contrastive margins over a ranking, and SFT.", "S125", "CLHA (arXiv 2403.16649)"),
             ("weighting", "combine", "A weighted sum of losses of the same data.", "-", "-"),
             ("weighting", "wpo", "Pairs weighted by how likely the policy writes them.", "-", "WPO (arXiv 2406.11827)"),

@@ -1,6 +1,7 @@
 """Ragged rows to arrays of few shapes, on one device or many processes."""
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -9,6 +10,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from luthier.parallel import BATCH_AXES
 from luthier.tuners import Bound
+
+Result = TypeVar("Result")
 
 # Most logits of one model in memory at once.
 LOGITS = 1 << 24
@@ -22,7 +25,34 @@ def bucket(length: int) -> int:
     return -(-length // step) * step
 
 
-def rows_per_batch(bound: Bound, batch_size: int, total: int) -> int:
+def in_batches(
+    bound: Bound,
+    lengths: Sequence[int],
+    batch_size: int,
+    run: Callable[[list[int], int], Sequence[Result]],
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Result]:
+    """What `run` finds for each row, in order; the longest rows run first.
+
+    So a batch wastes little padding, and memory runs out at once or never.
+
+    Args:
+      lengths: of each row.
+      run: (indices of the rows of one batch, rows to fill it up to) -> the result of each row.
+      progress: called with (rows done, rows in all) after each batch.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    size = _rows_per_batch(bound, batch_size, len(order))
+    results: dict[int, Result] = {}
+    for start in range(0, len(order), size):
+        chosen = order[start : start + size]
+        results |= zip(chosen, run(chosen, size))
+        if progress:
+            progress(len(results), len(order))
+    return [results[i] for i in range(len(order))]
+
+
+def _rows_per_batch(bound: Bound, batch_size: int, total: int) -> int:
     """Rows of every batch: a power of two where there are few, a multiple of the batch shards."""
     mesh = bound.model.sharder.mesh
     shards = 1 if mesh is None else int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))

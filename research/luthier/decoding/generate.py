@@ -65,16 +65,8 @@ def generate(
     room = [0] * len(policy.prompt_slots)
     encoded = [[*room, *policy.encode(prompt, where=f"prompt {i}")] for i, prompt in enumerate(prompts)]
     _check_lengths(policy, encoded, sampling)
-    # Longest first, so that a batch wastes little padding and memory runs out at once or never.
-    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
-    size = batching.rows_per_batch(policy.bound, batch_size, len(encoded))
-    results: dict[int, Generation] = {}
-    for start in range(0, len(order), size):
-        chosen = order[start : start + size]
-        results |= zip(chosen, _batch(policy, chosen, [encoded[i] for i in chosen], sampling, size))
-        if progress:
-            progress(len(results), len(order))
-    return [results[i] for i in range(len(order))]
+    run = lambda chosen, size: _batch(policy, chosen, [encoded[i] for i in chosen], sampling, size)  # noqa: E731
+    return batching.in_batches(policy.bound, list(map(len, encoded)), batch_size, run, progress)
 
 
 def _check_lengths(policy: Policy, encoded: Sequence[Sequence[int]], sampling: Sampling) -> None:

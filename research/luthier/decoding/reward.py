@@ -52,15 +52,8 @@ def rewards_of_tokens(
     for i, text in enumerate(texts):
         if not 0 < len(text) <= context:
             raise LuthierError(f"{len(text)} tokens; the context is {context}", where=f"pair {i}")
-    order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
-    size = batching.rows_per_batch(policy.bound, batch_size, len(texts))
-    results: dict[int, float] = {}
-    for start in range(0, len(order), size):
-        chosen = order[start : start + size]
-        results |= zip(chosen, _batch(policy, [texts[i] for i in chosen], size))
-        if progress:
-            progress(len(results), len(order))
-    return [results[i] for i in range(len(order))]
+    run = lambda chosen, size: _batch(policy, [texts[i] for i in chosen], size)  # noqa: E731
+    return batching.in_batches(policy.bound, list(map(len, texts)), batch_size, run, progress)
 
 
 def _ended(policy: Policy, pair: Mapping[str, Any], *, where: str) -> list[int]:

@@ -87,15 +87,9 @@ def score_tokens(
             raise LuthierError(
                 f"{len(prompt)} + {len(completion)} tokens exceed the context of {context}", where=f"pair {i}"
             )
-    order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
-    size = batching.rows_per_batch(policy.bound, batch_size, len(pairs))
-    results: dict[int, Score] = {}
-    for start in range(0, len(order), size):
-        chosen = order[start : start + size]
-        results |= zip(chosen, _batch(policy, [pairs[i] for i in chosen], size))
-        if progress:
-            progress(len(results), len(order))
-    return [results[i] for i in range(len(order))]
+    run = lambda chosen, size: _batch(policy, [pairs[i] for i in chosen], size)  # noqa: E731
+    lengths = [len(prompt) + len(completion) for prompt, completion in pairs]
+    return batching.in_batches(policy.bound, lengths, batch_size, run, progress)
 
 
 def _start(policy: Policy, where: object) -> list[int]:

@@ -99,13 +99,8 @@ def token_shift(
     sizes = [policy.bound.model.config.vocab_size for policy in (start, now)]
     if sizes[0] != sizes[1]:
         raise LuthierError(f"the vocabularies differ: {sizes[0]} tokens at the start, {sizes[1]} now", where="start")
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
-    size = batching.rows_per_batch(now.bound, batch_size, len(rows))
-    results: dict[int, Shift] = {}
-    for first in range(0, len(order), size):
-        chosen = order[first : first + size]
-        results |= zip(chosen, _batch(start, now, [rows[i] for i in chosen], size))
-    return [results[i] for i in range(len(rows))]
+    run = lambda chosen, size: _batch(start, now, [rows[i] for i in chosen], size)  # noqa: E731
+    return batching.in_batches(now.bound, [len(ids) for ids, _ in rows], batch_size, run)
 
 
 _total_kl = lambda s: s.kl.sum(dtype=np.float64)  # noqa: E731

@@ -108,18 +108,29 @@ def multi_negative_dpo(*, beta: float = 0.1) -> SequenceLoss:
     return _scored_loss(loss, beta)
 
 
-def plackett_luce_dpo(*, beta: float = 0.1) -> SequenceLoss:
-    """−Σ_i log (e^{r_i} / Σ_{k not above i} e^{r_k}): the whole ranking by scores; for two answers, DPO.
+def plackett_luce_dpo(*, beta: float = 0.1, weights: tuple[float, ...] | None = None) -> SequenceLoss:
+    """−Σ_i w_i log (e^{r_i} / Σ_{k not above i} e^{r_k}): the whole ranking by scores; for two answers, DPO.
+
+    Args:
+      weights: w_1 … w_{K−1}, of the best answer against all below it, of the second against those below it, and so
+        on; 1 if None. With a polished answer above the chosen and the rejected one, two weights trade the polish
+        for the content, as TAPO does (S133, arXiv 2411.02930; the paper's own formula was not at hand to check).
 
     Source: arXiv 2305.18290, appendix A.3.
     """
+    valid = weights is None or (min(weights, default=-1) >= 0 and sum(weights) > 0)
+    require(valid, f"must be none below 0 and not all 0, got {weights}", "objective.weights")
 
     def loss(reward, scores, _, present):
+        answers = reward.shape[1]
+        fits = weights is None or len(weights) == answers - 1
+        require(fits, f"{weights} are not one fewer than {answers} answers", "objective.weights")
         order = jnp.argsort(jnp.where(present, -scores, jnp.inf), axis=1)
         sorted_reward = jnp.take_along_axis(jnp.where(present, reward, ABSENT), order, axis=1)
         rest = jax.lax.cumlogsumexp(sorted_reward, axis=1, reverse=True)
         is_there = jnp.take_along_axis(present, order, axis=1)
-        return jnp.sum(jnp.where(is_there, rest - sorted_reward, 0), axis=1)
+        each = jnp.where(is_there, rest - sorted_reward, 0)  # 0 of the last answer
+        return jnp.sum(each if weights is None else each[:, :-1] * jnp.asarray(weights), axis=1)
 
     return _scored_loss(loss, beta)
 
