@@ -245,6 +245,14 @@ def test_proposals_have_the_policys_frequencies(vocabulary):
     assert len(np.unique(drawn[:, 0])) > 1 or possible.sum() == 1  # rows have keys of their own
 
 
+def test_every_proposal_is_a_token():
+    """Logits and key of a real run whose draw fell between a block's total and its sums, formed twice, rounded apart."""
+    real = np.load(hf_layout.GOLDENS / "edge_of_vocabulary.npz")
+    row_keys = jnp.broadcast_to(jax.random.wrap_key_data(jnp.asarray(real["key"])), (84,))
+    drawn = jax.jit(sample, static_argnums=2)(row_keys, jnp.tile(real["logits"], (84, 1)), 256)
+    assert np.max(drawn) < real["logits"].size
+
+
 def test_no_array_of_proposals_by_vocabulary():
     """K = 512 proposals of 64 tokens over 2,048 words: nothing in the compiled gradient has K · T · V numbers."""
     import re

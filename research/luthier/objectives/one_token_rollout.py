@@ -85,7 +85,9 @@ def sample(keys: Array, logits: Float[Array, "n V"], k: int) -> Int[Array, "n k"
     begins = jnp.take_along_axis(ends - within[..., -1], block, axis=-1)
     total = jnp.take_along_axis(within[..., -1], block, axis=-1)
     flat = within.reshape(within.shape[0], -1)
-    return _first_above(flat, jnp.clip(u - begins, 0, _just_below(total)), block * size, size)
+    drawn = _first_above(flat, jnp.clip(u - begins, 0, _just_below(total)), block * size, size)
+    # A compiler may form a sum twice and round it apart, so a total can lie above its block's last sum, in the padding.
+    return jnp.minimum(drawn, vocabulary - 1)
 
 
 def _just_below(x):
