@@ -56,6 +56,8 @@ ROWS = (
     Row("llama3-8b", "full", "v6e:16x16", 8, overrides=LONG),
     Row("llama3-8b", "otr", "v5e:4x4", 16),
     Row("llama3-8b", "asft", "v5e:4x4", 16),
+    Row("llama3-8b", "dpo", "v5e:4x4", 16),
+    Row("llama3-8b", "dpo", "v5e:4x4", 16, overrides=("stages[0].cache_reference=False",)),
     Row("llama3-8b", "prompt", "v5e:2x4", 8),
     Row("llama3-8b", "promot", "v5e:4x4", 16),
 )

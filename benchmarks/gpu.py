@@ -4,7 +4,8 @@
     JAX_PLATFORMS=cpu python benchmarks/gpu.py --tiny                        # proves the path anywhere
 
 Random weights, bfloat16 activations, sequence 4096 without padding. `sft` trains every weight, in float32 under
-AdamW with (luthier's) bfloat16 first moment; `lora` trains rank 16 on all linear maps over bfloat16 weights;
+AdamW with (luthier's) bfloat16 first moment; `lora` trains rank 16 on all linear maps over bfloat16 weights; `otr` and
+`dpo` are `sft` with one-token rollout and with DPO, each row a pair, beside a bfloat16 reference (step.py);
 `generate` continues random prompts greedily in bfloat16. Both sides recompute activations (`--remat=none`: neither).
 Every measurement is a process of its own, and both libraries take turns; reported are medians. What does not fit,
 or is not installed, says so in its row.
@@ -24,7 +25,7 @@ from luthier.models.config import ModelConfig
 from luthier.models.presets import PRESETS
 from luthier.training.metrics import peak_flops, train_flops_per_token
 
-MODELS, TUNES, LIBRARIES = ("qwen3-1.7b", "llama3-8b"), ("sft", "lora", "generate"), ("luthier", "torch")
+MODELS, TUNES, LIBRARIES = ("qwen3-1.7b", "llama3-8b"), ("sft", "lora", "otr", "dpo", "generate"), ("luthier", "torch")
 ROWS = {"qwen3-1.7b": 4, "llama3-8b": 1}  # of a training batch: what 80 GiB hold
 RESULTS = pathlib.Path(__file__).parent / "results" / "gpu.json"
 SETTINGS = ("steps", "time", "remat", "batch", "prompt", "new")
@@ -44,7 +45,9 @@ def shape_of(model: str, tiny: bool) -> dict:
 
 
 def flops_per_token(c: ModelConfig, tune: str, length: int) -> float:
-    """Model FLOPs of a trained token, as `time/mfu` counts them."""
+    """Model FLOPs of a trained token, as `time/mfu` counts them; DPO's reference passes forward, a third of them."""
+    if tune == "dpo":
+        return flops_per_token(c, "sft", length // 2) * 4 / 3
     wide, narrow = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     maps = 2 * [(c.hidden_size, wide)] + 2 * [(c.hidden_size, narrow)] + 3 * [(c.hidden_size, c.intermediate_size)]
     dense = c.num_layers * sum(i * o for i, o in maps) + c.vocab_size * c.hidden_size

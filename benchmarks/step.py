@@ -3,12 +3,13 @@
     pip install 'luthier[parity]' && python benchmarks/step.py
 
 SmolLM2-135M's shapes with random weights, batch 4 × 256 without padding, float32, AdamW, on a few CPU cores. `sft`
-trains every weight; `lora` trains rank 16 on all linear maps (PEFT on torch's side); `dpo` trains every weight on 4
-pairs of answers, each half of its 128 tokens, with the reference model's pass in the step (on torch's side with TRL's
-head). Every measurement is a process of its own, so its peak memory (VmHWM, compilation included) and caches are its
-own; workloads alternate, so that a slow spell of the machine hits all of them. `products` runs luthier's matrix
-products of that step and nothing else: what no step of the same arithmetic can beat. Reported are medians over the
-repeats of each process's median step. Linux only (/proc).
+trains every weight; `lora` trains rank 16 on all linear maps (PEFT on torch's side); `otr` is `sft` with one-token
+rollout of 256 proposals in place of its loss; `dpo` trains every weight on 4 pairs of answers, each half of its 128
+tokens, with the reference model's pass in the step (on torch's side with TRL's head). Every measurement is a process
+of its own, so its peak memory (VmHWM, compilation included) and caches are its own; workloads alternate, so that a
+slow spell of the machine hits all of them. `products` runs luthier's matrix products of that step and nothing else:
+what no step of the same arithmetic can beat. Reported are medians over the repeats of each process's median step.
+Linux only (/proc).
 """
 
 import argparse
@@ -21,7 +22,7 @@ import subprocess
 import sys
 import time
 
-TUNES, LIBRARIES = ("sft", "lora", "dpo"), ("luthier", "torch", "torch-compile", "products")
+TUNES, LIBRARIES = ("sft", "lora", "otr", "dpo"), ("luthier", "torch", "torch-compile", "products")
 WORKLOADS = tuple(
     f"{library}-{tune}" for tune in TUNES for library in LIBRARIES if (library, tune) != ("products", "dpo")
 )
@@ -40,7 +41,8 @@ SMOLLM2_135M = {
     "hidden_act": "silu",
 }
 RANK, ALPHA, LEARNING_RATE = 16, 32, 1e-4
-BETA = 0.1
+BETA = 0.1  # of DPO
+PROPOSALS, TEMPERATURE, OTHERS = 256, 1.3, -0.1  # K, κ and β of one-token rollout
 RESULTS = pathlib.Path(__file__).parent / "results" / "step.json"
 
 
@@ -56,6 +58,7 @@ def luthier_step(tune: str, tokens, remat: str, shape: dict = SMOLLM2_135M, dtyp
 
     from luthier.models import ModelConfig, Transformer
     from luthier.objectives import token_objective
+    from luthier.objectives.one_token_rollout import one_token_rollout
     from luthier.objectives.preference.objective import sequence_objective
     from luthier.objectives.preference.pairs import dpo
     from luthier.objectives.sft import sft
@@ -76,10 +79,11 @@ def luthier_step(tune: str, tokens, remat: str, shape: dict = SMOLLM2_135M, dtyp
     trainable, frozen = split(variables, [trained])
     moment = None if dtype == "float32" else dtype
     optimizer = optimizers.adamw(lambda step: LEARNING_RATE, weight_decay=0.01, first_moment_dtype=moment)
-    objective = token_objective(sft(), sharder)
+    rollout = one_token_rollout(k=PROPOSALS, temperature=TEMPERATURE, beta=OTHERS)
+    objective = token_objective(rollout if tune == "otr" else sft(), sharder)
     if tune == "dpo":
         objective = sequence_objective(dpo(beta=BETA), 2, sharder, reference=bound)
-        frozen = {"reference": jax.tree.map(jnp.copy, trainable["params"])}
+        frozen = {"reference": jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), trainable)}
         tokens = pairs(tokens).reshape(tokens.shape)
     state = init_state(trainable, optimizer, sharder)
     del variables, trainable
@@ -137,7 +141,7 @@ def torch_step(
     """The same by transformers (and PEFT); other dtypes than float32 by autocast."""
     import torch
 
-    model = torch_model(shape, "float32" if tune == "sft" else dtype, device).train()
+    model = torch_model(shape, dtype if tune == "lora" else "float32", device).train()
     model.config.use_cache = False
     if remat:
         model.gradient_checkpointing_enable()
@@ -155,7 +159,9 @@ def torch_step(
     ids = torch.tensor(tokens, dtype=torch.long, device=device)
 
     if tune == "dpo":
-        batch_loss = torch_dpo_loss(model, compiled, tokens, device)
+        batch_loss = torch_dpo_loss(model, compiled, tokens, dtype, device)
+    elif tune == "otr":
+        batch_loss = lambda: torch_rollout_loss(forward(input_ids=ids).logits, ids)  # noqa: E731
     else:
         batch_loss = lambda: forward(input_ids=ids, labels=ids).loss  # noqa: E731
 
@@ -171,14 +177,25 @@ def torch_step(
     return run
 
 
-def torch_dpo_loss(model, compiled: bool, tokens, device: str):
+def torch_rollout_loss(logits, ids):
+    """One-token rollout of every token but the first, all logits at once."""
+    import torch
+
+    logprobs = logits[:, :-1].float().flatten(0, 1).log_softmax(-1)
+    with torch.no_grad():
+        proposals = torch.multinomial((logprobs / TEMPERATURE).softmax(-1), PROPOSALS, replacement=True)
+        rewards = torch.where(proposals == ids[:, 1:].flatten()[:, None], 1.0, OTHERS)
+    return -(rewards * logprobs.gather(1, proposals)).mean()
+
+
+def torch_dpo_loss(model, compiled: bool, tokens, dtype: str, device: str):
     """A function that gives DPO's loss of the pairs, as TRL's `DPOTrainer` computes it."""
     import copy
 
     import torch
     from trl.trainer.utils import add_fused_lm_head
 
-    reference = copy.deepcopy(model).eval().requires_grad_(False)
+    reference = copy.deepcopy(model).eval().requires_grad_(False).to(getattr(torch, dtype))
     for each in (model, reference):
         add_fused_lm_head(each)
     policy, theirs = (torch.compile(model), torch.compile(reference)) if compiled else (model, reference)

@@ -1,7 +1,8 @@
 """Fine-tuning on a slice of accelerators: fully sharded weights, bfloat16 activations, long rows.
 
 `--config=configs/pod.py` trains every weight; `:METHOD` is one of `METHODS`: a LoRA of rank 16, one-token rollout,
-anchored fine-tuning (which keeps the start model beside it), prompt tuning, or ProMoT's second stage.
+anchored fine-tuning (which keeps the start model beside it), DPO (with the reference's log-probabilities in a file),
+prompt tuning, or ProMoT's second stage.
 Point it at your model and records, and ask first whether it fits:
 
   luthier compile-check --config=configs/pod.py --topology=v5e:4x4 --model=llama3-8b
@@ -13,7 +14,7 @@ import pathlib
 from luthier import config as c
 from luthier.errors import LuthierError, near
 
-EXAMPLE = str(pathlib.Path(__file__).parent / "tasks" / "chain_sum" / "train.jsonl")
+EXAMPLES = pathlib.Path(__file__).parent / "tasks" / "chain_sum"
 SOFT = c.spec("prompt_tuning", length=100)
 METHODS = {
     # name: (highest learning rate, what differs in the stage)
@@ -21,6 +22,7 @@ METHODS = {
     "lora": (2e-4, {"tuners": (c.spec("lora", rank=16),)}),
     "otr": (1e-5, {"objective": c.spec("one_token_rollout")}),
     "asft": (1e-5, {"objective": c.spec("asft")}),
+    "dpo": (5e-7, {"objective": c.spec("dpo"), "cache_reference": True}),
     "prompt": (0.3, {"tuners": (SOFT,)}),
     "promot": (1e-5, {"tuners": (SOFT,), "train": ("params",)}),
 }
@@ -36,7 +38,7 @@ def get_config(method: str = "full"):
         mesh=c.mesh(data=1, fsdp=-1),
         stages=(
             c.stage(
-                data=c.data(EXAMPLE),
+                data=c.data(str(EXAMPLES / ("pairs.jsonl" if method == "dpo" else "train.jsonl"))),
                 steps=1000,
                 batch_size=16,
                 sequence_length=4096,

@@ -246,7 +246,7 @@ def test_proposals_have_the_policys_frequencies(vocabulary):
 
 
 def test_every_proposal_is_a_token():
-    """Logits and key of a real run whose draw fell between a block's total and its sums, formed twice, rounded apart."""
+    """Logits and key of a real draw that fell between a block's total and its sums, formed twice, rounded apart."""
     real = np.load(hf_layout.GOLDENS / "edge_of_vocabulary.npz")
     row_keys = jnp.broadcast_to(jax.random.wrap_key_data(jnp.asarray(real["key"])), (84,))
     drawn = jax.jit(sample, static_argnums=2)(row_keys, jnp.tile(real["logits"], (84, 1)), 256)
