@@ -11,7 +11,6 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_opti
 
 CORE = {
     "test_cli.py",
-    "test_decoding.py",
     "test_fused_head.py",
     "test_package.py",
     "test_packing.py",
