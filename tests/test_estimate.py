@@ -9,14 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from luthier import config as configs
 from luthier.models import splash
 from luthier.models.attention import Mask
 from luthier.models.presets import PRESETS, preset
 from luthier.parallel import Sharder
 from luthier.training import search
-from luthier.training.aot import CHIPS, GIB, Check, Slice
-from luthier.training.estimate import Estimate, Layers, Work, estimate
+from luthier.training.aot import CHIPS, GIB, Check, Slice, abstract_step
+from luthier.training.estimate import Estimate, Layers, Work, estimate, step_flops
 from luthier.training.flops import causal_share, matmul_flops
+from luthier.training.run import config_sharder
 
 BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 COMPILED = json.loads((BENCHMARKS / "results" / "aot.json").read_text())
@@ -24,7 +26,6 @@ COMPILED = json.loads((BENCHMARKS / "results" / "aot.json").read_text())
 sys.path.insert(0, str(BENCHMARKS))
 import maxtext_published as maxtext  # noqa: E402
 
-# Other methods need what the closed form does not count: a reference model, a prompt.
 PLAIN = [row for row in COMPILED if any(f"-{tune}-" in row["name"] for tune in ("full", "lora"))]
 
 
@@ -55,6 +56,24 @@ def test_an_estimate_is_near_the_compiled_program(compiled):
         # Of some scatters libtpu makes all-reduces, of twice the bytes (docs/scaling.md).
         wire = sum(one["wire_bytes"] / (1 + (one["kind"] == "all-reduce")) for one in compiled["collectives"])
         assert got.received == pytest.approx(wire, rel=0.03)
+
+
+@pytest.mark.parametrize("method, more", [("asft", ()), ("dpo", ("cache_reference=False",)), ("dpo", ())])
+def test_a_reference_and_logits_made_twice_are_counted(method, more):
+    """What the traced step multiplies beyond that of plain fine-tuning."""
+
+    def counts(method, more=()):
+        settings = [f"stages[0].{one}" for one in ("batch_size=2", "sequence_length=512", *more)]
+        config = configs.load(f"configs/pod.py:{method}", settings)
+        sharder = config_sharder(config, shape, jax.devices()[:1])
+        step, arguments, _ = abstract_step(config, config.stages[0], shape, sharder, "bfloat16")
+        work = search.work_of(config, shape, jax.devices(), 0, "bfloat16")
+        return matmul_flops(step.trace(*arguments).jaxpr), step_flops(Layers.of(shape), work)
+
+    shape = preset("qwen3-1.7b")
+    (traced, ours), (plain, ours_plain) = counts(method, more), counts("full")
+    assert ours - ours_plain == pytest.approx(traced - plain, rel=0.01)
+    assert traced > plain
 
 
 @pytest.mark.parametrize("chips", [16, 64, 256])

@@ -80,6 +80,8 @@ class Work:
       state_bytes: of what is trained and its moments.
       frozen_bytes: of weights that are not trained.
       activation_bytes: of one activation.
+      compares: a reference model reads the batch as well, forwards only.
+      makes_logits_twice: the loss is of whole sequences, whose logits are made again for their gradient.
     """
 
     rows: int
@@ -90,6 +92,8 @@ class Work:
     trains_model: bool = True
     tuner: int = 0
     activation_bytes: int = 2
+    compares: bool = False
+    makes_logits_twice: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,14 +128,16 @@ def step_flops(layers: Layers, work: Work) -> float:
 
     A weight multiplies a token forwards, again where `remat` is `full` (but for a layer's last product, whose result
     only a norm would read), and backwards once for its input and once for itself. Attention has two products
-    forwards, as many again where `remat` is `full`, and seven in splash attention's two kernels backwards.
+    forwards, as many again where `remat` is `full`, and seven in splash attention's two kernels backwards. A reference
+    model only goes forwards.
     """
     tokens, count, full = work.rows * work.length, len(layers.windows), work.remat == "full"
     last = 0 if layers.post_norms else layers.products[-1][0] * layers.products[-1][1]
     passes = 3 if work.trains_model else 2
-    weights = count * (passes * layers.layer + full * (layers.layer - last)) + passes * layers.head
+    weights = count * (passes * layers.layer + full * (layers.layer - last))
+    weights += (passes + work.makes_logits_twice) * layers.head + work.compares * layers.matrices
     keys = sum(work.length * causal_share(work.length, window) for window in layers.windows)
-    attention = (11 if full else 9) * keys * layers.attention
+    attention = ((11 if full else 9) + 2 * work.compares) * keys * layers.attention
     return 2.0 * tokens * (weights + (3 + full) * work.tuner + attention)
 
 
@@ -141,7 +147,9 @@ def _received(layers: Layers, work: Work, mesh: Mapping[str, int], micro_batches
     size, count, split = work.activation_bytes, len(layers.windows), fsdp * sequence
     others = lambda n: (n - 1) / n  # noqa: E731 — of what n chips hold in equal parts, what one lacks
     body = count * layers.layer
-    gathered = micro_batches * size * (2 * body + layers.head) / tensor if split > 1 else 0.0
+    heads = 1 + work.makes_logits_twice
+    weights = 2 * body + heads * layers.head + work.compares * (body + layers.head)
+    gathered = micro_batches * size * weights / tensor if split > 1 else 0.0
     received = gathered * others(split)
     if work.trains_model:
         gradient = 4.0 * (body + layers.head) / tensor

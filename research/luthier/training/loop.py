@@ -158,5 +158,5 @@ def _stopped(
     return LuthierError(
         f"the loss or its gradient is not finite at step {stage.first + step}; its update was not applied",
         where=f"stage {stage.name}",
-        mend=f"Batch and state are in {place}; a lower learning rate or clip_norm is the usual cure",
+        mend=f"Batch and newest state are in {place}; a lower learning rate or clip_norm is the usual cure",
     )

@@ -15,7 +15,8 @@ from luthier.models import ModelConfig, splash
 from luthier.parallel import AXES
 from luthier.training import aot
 from luthier.training.estimate import Estimate, Layers, Work, estimate
-from luthier.training.run import config_sharder
+from luthier.training.run import config_sharder, make_model
+from luthier.training.stages import resolve_stages
 from luthier.training.step import check_batch
 
 
@@ -125,6 +126,7 @@ def work_of(config: ConfigDict, shape: ModelConfig, devices, stage: int, weights
     chosen = config.stages[stage]
     sharder = config_sharder(changed(config, stage, dict.fromkeys(AXES, 1), 1), shape, devices[:1])
     _, (state, frozen, _), _ = aot.abstract_step(config, chosen, shape, sharder, weights_dtype)
+    resolved = resolve_stages(config, make_model(config, shape, sharder))[stage]
     size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))  # noqa: E731
     tuners = {name: tree for name, tree in state.trainable.items() if name != "params"}
     return Work(
@@ -136,6 +138,8 @@ def work_of(config: ConfigDict, shape: ModelConfig, devices, stage: int, weights
         trains_model="params" in state.trainable,
         tuner=sum(leaf.size for leaf in jax.tree.leaves(tuners)),
         activation_bytes=jnp.dtype(config.model.compute_dtype).itemsize,
+        compares=resolved.reference_in_step is not None,
+        makes_logits_twice=resolved.batching.answers > 0,
     )
 
 
