@@ -26,15 +26,15 @@ RECIPES = {
     "one_token_rollout_smollm2": "one_token_rollout.py",
     "preference_smollm2": "preference.py",
 }
-CHANGES = {
-    "promot_smollm2": (),
-    "one_token_rollout_smollm2": ("stages[0].steps=60", "stages[0].batch_size=4"),
-    "preference_smollm2": (),
-}
+CHANGES = {"one_token_rollout_smollm2": ("stages[0].steps=60", "stages[0].batch_size=4")}
+# A method that is not a choice of its recipe: the choice that it is made of, and what differs.
+VARIANTS = {"otr+0.1": ("mc", ("stages[0].objective.beta=0.1",))}
 
 
 def recipe(folder: pathlib.Path, plan: harness.Plan, cell: harness.Cell):
-    made = c.load(f"{CONFIGS / RECIPES[plan.name]}:{cell.method}", [*CHANGES[plan.name], f"seed={cell.seed}"])
+    choice, variant = VARIANTS.get(cell.method, (cell.method, ()))
+    changes = [*CHANGES.get(plan.name, ()), *variant, f"seed={cell.seed}"]
+    made = c.load(f"{CONFIGS / RECIPES[plan.name]}:{choice}", changes)
     with made.unlocked(), made.stages[-1].schedule.unlocked():
         made.name = cell.name
         made.stages[-1].schedule.peak = cell.rate
