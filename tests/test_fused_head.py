@@ -17,6 +17,7 @@ from luthier.models import Transformer
 from luthier.objectives import fused_head, token_outputs, weighted_sum
 from luthier.objectives.sft import sft
 from luthier.parallel import Sharder
+from luthier.training.flops import matmul_flops
 from luthier.training.state import init_state
 from luthier.training.step import make_step
 from luthier.tuners import bind
@@ -115,6 +116,21 @@ def test_token_outputs_take_any_cotangent(chunks):
     got = jax.jit(jax.value_and_grad(fused, (0, 1)))(head, hidden)
     plain = lambda head, hidden: reduce(plain_loss(head, hidden, targets))  # noqa: E731
     close(got, jax.value_and_grad(plain, (0, 1))(head, hidden))
+
+
+def test_token_outputs_of_a_fixed_head_make_logits_once(chunks):
+    """The gradient in the hidden states alone: the same, by two products of the head and no third."""
+    (head, hidden, weights), targets = arrays()
+    reduce = lambda losses: jnp.sum(jnp.log(jnp.cosh(jnp.sum(weights * losses, axis=1))))  # noqa: E731
+
+    def fused(hidden):
+        mask = weights != 0
+        return reduce(token_outputs(*fused_with(sft().token_fn), head, hidden, mask, *arguments(targets))["loss"])
+
+    run = jax.jit(jax.value_and_grad(fused))
+    close(run(hidden), jax.value_and_grad(lambda hidden: reduce(plain_loss(head, hidden, targets)))(hidden))
+    tokens = math.ceil(BATCH * TIME / 4) * 4  # chunks may be padded
+    assert matmul_flops(run.trace(hidden).jaxpr) <= 2 * 2 * tokens * WIDTH * VOCABULARY
 
 
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}])

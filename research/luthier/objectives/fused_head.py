@@ -10,7 +10,7 @@ Each device takes its tokens of weight 0, such as prompts, last, and skips chunk
 - `weighted_sum` knows its weights beforehand and forms the gradient while the chunk's logits are
   there: two matrix products forward-and-backward beyond the first, none repeated.
 - `token_outputs` gives one value a token and takes any cotangents; its backward pass makes the
-  logits of a chunk again.
+  logits of a chunk again, unless the head is fixed, as under LoRA.
 """
 
 import functools
@@ -105,14 +105,22 @@ def token_outputs(
 def _token_outputs_forward(chunk_fn, logits, sharder, head, hidden, mask, tok, token_ids, rng):
     needs = jax.tree.map(lambda leaf: leaf.perturbed, head, is_leaf=_is_primal)
     values = jax.tree.map(lambda leaf: leaf.value, (head, hidden, mask, tok, token_ids, rng), is_leaf=_is_primal)
-    return token_outputs(chunk_fn, logits, sharder, *values), (needs, values)
+    if any(jax.tree.leaves(needs)):
+        return token_outputs(chunk_fn, logits, sharder, *values), (needs, values)
+    head, hidden, mask, *rest = values
+    outputs, (_, each) = _loop(chunk_fn, logits, sharder, head, hidden, mask.astype(jnp.float32), *rest, needs)
+    return outputs, (None, (each, mask))
 
 
 def _token_outputs_backward(chunk_fn, logits, sharder, residuals, cotangents):
-    needs, (head, hidden, mask, tok, token_ids, rng) = residuals
+    needs, values = residuals
     weights = cotangents["loss"]
     if isinstance(weights, jax.custom_derivatives.SymbolicZero):
         weights = jnp.zeros(weights.shape, weights.dtype)
+    if needs is None:  # a token's gradient is that of its loss, which the forward pass has, times the cotangent
+        each, mask = values
+        return None, (each * jnp.where(mask, weights, 0)[..., None]).astype(each.dtype), None, None, None, None
+    head, hidden, mask, tok, token_ids, rng = values
     weights = jnp.where(mask, weights, 0)
     _, gradients = _loop(chunk_fn, logits, sharder, head, hidden, weights, tok, token_ids, rng, needs)
     return *gradients, None, None, None, None

@@ -81,7 +81,7 @@ class Work:
       frozen_bytes: of weights that are not trained.
       activation_bytes: of one activation.
       compares: a reference model reads the batch as well, forwards only.
-      makes_logits_twice: the loss is of whole sequences, whose logits are made again for their gradient.
+      makes_logits_twice: the loss is of whole sequences, whose logits are made again for the gradient of the head.
     """
 
     rows: int

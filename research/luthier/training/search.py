@@ -139,7 +139,7 @@ def work_of(config: ConfigDict, shape: ModelConfig, devices, stage: int, weights
         tuner=sum(leaf.size for leaf in jax.tree.leaves(tuners)),
         activation_bytes=jnp.dtype(config.model.compute_dtype).itemsize,
         compares=resolved.reference_in_step is not None,
-        makes_logits_twice=resolved.batching.answers > 0,
+        makes_logits_twice=resolved.batching.answers > 0 and "params" in state.trainable,
     )
 
 
