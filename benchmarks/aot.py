@@ -102,8 +102,9 @@ def table(records: list[dict]) -> str:
     ]
     lines.append("|---|---|--:|--:|--:|--:|---|--:|--:|--:|")
     for record in records:
-        model, tune = next((row.model, row.tune) for row in ROWS if row.name == record["name"])
-        start = f"| {model}, {tune} | {record['topology']}"
+        row = next(row for row in ROWS if row.name == record["name"])
+        changed = "".join(f", {one.rpartition('.')[2]}" for one in row.overrides if one not in LONG)
+        start = f"| {row.model}, {row.tune}{changed} | {record['topology']}"
         if record.get("peak") is None:
             lines.append(
                 f"{start} | {record['tokens']:,} | {record['refusal']} | {record['bar_gib'] or ''} |" + " |" * 5

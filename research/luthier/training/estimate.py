@@ -147,8 +147,7 @@ def _received(layers: Layers, work: Work, mesh: Mapping[str, int], micro_batches
     size, count, split = work.activation_bytes, len(layers.windows), fsdp * sequence
     others = lambda n: (n - 1) / n  # noqa: E731 — of what n chips hold in equal parts, what one lacks
     body = count * layers.layer
-    heads = 1 + work.makes_logits_twice
-    weights = 2 * body + heads * layers.head + work.compares * (body + layers.head)
+    weights = 2 * body + layers.head + work.compares * (body + layers.head)
     gathered = micro_batches * size * weights / tensor if split > 1 else 0.0
     received = gathered * others(split)
     if work.trains_model:
