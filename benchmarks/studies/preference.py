@@ -17,15 +17,15 @@ from collections.abc import Sequence
 
 import harness
 import page
-from laboratory import MODEL, suite
+from laboratory import MODEL, episodes, suite
 
 from luthier import config as c
 from luthier import train
 from luthier.reporting.workdir import Evaluation
 
 TARGET, NEAR = "odd", "outlier"
-SFT_STEPS, STEPS, ROWS, LENGTH = 40, 100, 2, 256
-SFT_RECORDS = 1000
+SFT_STEPS, STEPS, ROWS, LENGTH = 100, 100, 2, 256
+PAIRS = 2000
 OBJECTIVES = {
     "sft": c.spec("chosen_sft"),
     **{
@@ -36,14 +36,14 @@ OBJECTIVES = {
 
 
 def write_data(folder: pathlib.Path) -> None:
-    """The suite's records, pairs of the target's second half, and either side of its test's pairs."""
+    """The suite's records, pairs of new problems of the target, and either side of the pairs of its test."""
     if (folder / "rejected.jsonl").exists():
         return
     suite.write(folder)
-    read = lambda part: [json.loads(line) for line in (folder / TARGET / f"{part}.jsonl").read_text().splitlines()]  # noqa: E731
-    train, test = (_pairs(read(part)) for part in ("train", "test"))
-    _write(folder / "pairs.jsonl", train[SFT_RECORDS:])
-    write_sides(folder, test)
+    entry, known = suite.TARGETS[TARGET], suite.TEST + suite.DEV + suite.TRAIN
+    found = episodes.records(entry.family, entry.form, known + PAIRS, seed=0)
+    _write(folder / "pairs.jsonl", _pairs(found[known:]))
+    write_sides(folder, _pairs(found[: suite.TEST]))
 
 
 def write_sides(folder: pathlib.Path, pairs: Sequence[dict]) -> None:
@@ -57,6 +57,7 @@ def _write(file: pathlib.Path, records: Sequence[dict]) -> None:
 
 
 def _pairs(records: Sequence[dict]) -> list[dict]:
+    """The right answer beside another word of the list."""
     draw = random.Random(0)
     made = []
     for record in records:
@@ -69,11 +70,11 @@ def _pairs(records: Sequence[dict]) -> list[dict]:
 def start(folder: pathlib.Path) -> pathlib.Path:
     """The model that every cell begins with, made by SFT unless it was."""
     stage = c.stage(
-        data=c.data(f"{folder.parent}/records/{TARGET}/train.jsonl", limit=SFT_RECORDS),
+        data=c.data(f"{folder.parent}/records/{TARGET}/train.jsonl"),
         steps=SFT_STEPS,
         batch_size=ROWS,
         sequence_length=LENGTH,
-        schedule=c.spec("constant", peak=1e-3),
+        schedule=c.spec("cosine", peak=1e-3, warmup=0.05),
     )
     train(c.recipe(name="start", model=c.model(str(MODEL), remat="none"), stages=(stage,)), folder / "start")
     return folder / "start" / "final"
