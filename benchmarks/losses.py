@@ -109,7 +109,7 @@ def compiled(name: str) -> dict:
 def ratios(runs: list[dict]) -> dict[str, dict[str, float]]:
     """Medians over the repeats of each figure's ratio to `sft` of the same repeat."""
     table = {}
-    for name in LOSSES:
+    for name in dict.fromkeys(run["loss"] for run in runs):
         mine = [(run, next(r for r in runs if r["loss"] == "sft" and r["repeat"] == run["repeat"])) for run in runs]
         mine = [(run, plain) for run, plain in mine if run["loss"] == name]
         keys = [key for key in mine[0][0] if key not in ("loss", "repeat")]
@@ -121,6 +121,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3, help="processes a loss, alternated")
     parser.add_argument("--steps", type=int, default=4, help="timed gradients a process, after one untimed")
+    parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES), help="beside `sft`")
     parser.add_argument("--aot", action="store_true", help="compile for a v5e chip instead of running")
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
     parser.add_argument("--worker", choices=LOSSES, help=argparse.SUPPRESS)
@@ -130,7 +131,7 @@ def main() -> None:
         return
     runs, words = [], [f"--steps={options.steps}", *(["--aot"] if options.aot else [])]
     for repeat in range(1 if options.aot else options.repeats):
-        for name in LOSSES:
+        for name in dict.fromkeys(("sft", *options.losses)):
             found = steps.apart(__file__, name, words, cores=2)
             runs.append({**found, "repeat": repeat})
             print(

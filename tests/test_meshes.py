@@ -18,7 +18,7 @@ from luthier.parallel import make_inference_mesh, make_mesh
 
 STAGE = """
     c.stage(
-        data=DATA, steps=20, batch_size=16, sequence_length=48, micro_batches=2,
+        data=DATA, steps=10, batch_size=16, sequence_length=48, micro_batches=2,
         schedule=c.spec("cosine", peak=3e-3),
     )
 """
@@ -50,10 +50,10 @@ config, folder, mistakes, *meshes = sys.argv[1:]
 for name in meshes:
     mesh, _, before = name.partition("<")
     workdir = pathlib.Path(folder, name)
-    if before:  # goes on from its checkpoint of step 10
+    if before:  # goes on from its checkpoint of step 5
         shutil.copytree(pathlib.Path(folder, before), workdir)
         shutil.rmtree(workdir / "final")
-        shutil.rmtree(workdir / "checkpoints" / "sft" / "20")
+        shutil.rmtree(workdir / "checkpoints" / "sft" / "10")
     sizes = dict(zip(("data", "fsdp", "tensor"), mesh.split("x")))
     overrides = [f"mesh.{axis}={size}" for axis, size in sizes.items()]
     run.train(configs.load(config, overrides), workdir)
@@ -95,7 +95,7 @@ def test_every_mesh_gives_the_losses_of_one_device(tmp_path):
     meshes, later = ["8x1x1", "1x8x1", "2x2x2", "1x1x8", "2x2x2<8x1x1"], "1x1x1<8x1x1"
     heads = {"num_attention_heads": 8, "num_key_value_heads": 4}
     config = tiny_run.write_run(
-        tmp_path, STAGE, model=", dropout=0.1", every=10, hidden_size=64, intermediate_size=128, **heads
+        tmp_path, STAGE, model=", dropout=0.1", every=5, hidden_size=64, intermediate_size=128, **heads
     )
     shutil.copytree(tmp_path / "model", tmp_path / "odd")
     odd = json.loads((tmp_path / "odd" / "config.json").read_text()) | {"num_attention_heads": 6}
@@ -104,7 +104,7 @@ def test_every_mesh_gives_the_losses_of_one_device(tmp_path):
     found, more, told = train_on(meshes, config, tmp_path, 8, cache, MISTAKES)
     one, sizes, _ = train_on(["1x1x1", later], config, tmp_path, 1, cache)
     expected = one["1x1x1"]
-    assert len(expected) == 20 and np.ptp(expected) > 0.1, "nothing was learned, so nothing is compared"
+    assert len(expected) == 10 and np.ptp(expected) > 0.1, "nothing was learned, so nothing is compared"
     for mesh, losses in (found | one).items():
         assert np.abs(losses - expected).max() <= 1e-5, (mesh, np.abs(losses - expected))
     for mesh, (aliased, state) in (sizes | more).items():

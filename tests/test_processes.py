@@ -19,8 +19,9 @@ from luthier import weights
 from luthier.tuners import bind
 from luthier.tuners.lora import lora
 
-STAGE = """
-    c.stage(data=DATA, steps=20, batch_size=8, sequence_length=48, ema=0.9, schedule=c.spec("cosine", peak=3e-3))
+STEPS = 12
+STAGE = f"""
+    c.stage(data=DATA, steps={STEPS}, batch_size=8, sequence_length=48, ema=0.9, schedule=c.spec("cosine", peak=3e-3))
 """
 LAUNCH = pathlib.Path(__file__).parent.parent / "launch" / "local.sh"
 
@@ -82,7 +83,7 @@ def test_kill_nine_of_one_of_four_ends_all_and_the_next_start_ends_in_the_same_b
     tiny_run.assert_same_run(killed, four)
 
     records = tiny_run.metrics(four)
-    assert [record["step"] for record in records] == list(range(1, 21))
+    assert [record["step"] for record in records] == list(range(1, STEPS + 1))
     assert np.abs(tiny_run.losses(four) - expected).max() <= 1e-5
     for key in ("num_tokens", "epoch", "learning_rate"):
         assert [r[key] for r in records] == [r[key] for r in tiny_run.metrics(folder / "one")], key
@@ -103,9 +104,9 @@ def test_a_signal_to_one_stops_both_and_one_process_goes_on(one_process):
     runs[1].send_signal(signal.SIGTERM)
     tiny_run.finish(runs, code=75)
     done = len(tiny_run.metrics(workdir))
-    assert 1 <= done < 20
+    assert 1 <= done < STEPS
     tiny_run.train(config, workdir, cache=folder / "cache")
-    assert [record["step"] for record in tiny_run.metrics(workdir)] == list(range(1, 21))
+    assert [record["step"] for record in tiny_run.metrics(workdir)] == list(range(1, STEPS + 1))
     assert np.abs(tiny_run.losses(workdir) - expected).max() <= 1e-5
 
 
