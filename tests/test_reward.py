@@ -25,10 +25,12 @@ from luthier.decoding.reward import rewards_of_tokens
 from luthier.errors import LuthierError
 from luthier.models import ModelConfig, Transformer
 from luthier.objectives import reward, reward_objective
+from luthier.optim import optimizers, schedules
 from luthier.parallel import Sharder, make_mesh, make_sharder
 from luthier.training.reference import load_params
 from luthier.training.stages import resolve_stages
-from luthier.training.state import init_variables
+from luthier.training.state import init_state, init_variables
+from luthier.training.step import jit_step, make_step
 from luthier.tuners import bind, merge
 from luthier.tuners.lora import lora
 from luthier.tuners.reward_head import reward_head
@@ -115,6 +117,38 @@ def test_the_gradient_of_packed_pairs_equals_torchs(golden, policy):
     np.testing.assert_allclose(head / 2, golden["gradient/score.weight"].T, atol=1e-6)
     theirs = golden["gradient/model.layers.0.self_attn.q_proj.weight"].T
     np.testing.assert_allclose(query[0] / 2, theirs, atol=1e-6)
+
+
+def test_four_steps_equal_trl(policy):
+    """TRL's real `RewardTrainer`, margins and centring included (goldens/make_trl_reward.py)."""
+    expected = dict(np.load(hf_layout.GOLDENS / "trl_reward.npz"))
+    bound, loss = policy.bound, reward.bradley_terry(margin=True, centring=0.01)
+    optimizer = optimizers.adamw(schedules.constant(4, peak=1e-3), b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0)
+    state = init_state({"params": wide(policy.variables["params"])}, optimizer, SHARDER)
+    step = jit_step(make_step(bound, reward_objective.make(loss, 2, SHARDER), optimizer))
+    log = []
+    for ids, margins in zip(expected["input_ids"], expected["margins"]):
+        answers = [row[row != bound.model.config.pad_token_id] for row in ids]
+        scores = np.stack([np.zeros_like(margins), margins, np.zeros_like(margins)], axis=1)  # of segments 0, 1, 2
+        rows = [[(1, chosen), (2, rejected)] for chosen, rejected in zip(*np.split(np.array(answers, object), 2))]
+        batch = {name: widened(x, 32) for name, x in batch_of(rows, scores).items() if name != "token_ids"}
+        state, metrics = step(state, {}, batch)
+        log.append({key: float(value) for key, value in metrics.items()})
+    names = {"loss": "losses"} | {name: f"logged/{name}" for name in ("mean_reward", "margin", "accuracy")}
+    for ours, theirs in names.items():
+        np.testing.assert_allclose([m[ours] for m in log], expected[theirs], rtol=1e-5, atol=1e-5, err_msg=ours)
+    for name in (key.removeprefix("norm/") for key in expected if key.startswith("norm/")):
+        params = state.trainable["params"]
+        weight = params["head"]["kernel"].T if name == "score.weight" else hf_layout.hf_leaf(params, name)
+        weight = np.asarray(weight).ravel()
+        some = weight[:: max(1, weight.size // 64)][:64]
+        np.testing.assert_allclose(some, expected[f"slice/{name}"], rtol=0, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(np.linalg.norm(weight.astype(float)), expected[f"norm/{name}"], rtol=1e-5)
+
+
+def widened(array, length):
+    """Rows with zeros behind them, so that every step has one shape."""
+    return np.pad(array, ((0, 0), (0, length - array.shape[1])))
 
 
 @dataclasses.dataclass(frozen=True)
