@@ -66,6 +66,7 @@ def get_config(loss: str = "dpo"):
                 limit=200,
                 max_new_tokens=8,
             ),
+            c.spec("preferences", label="pairs", data=str(TASK / "pairs_test.jsonl"), limit=200),
         ),
         checkpoint=c.checkpoint(every=20),
     )

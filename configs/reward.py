@@ -1,8 +1,8 @@
 """Reward models on the quickstart's task: LoRA and a head that gives one number (docs/preference.md).
 
 `--config=configs/reward.py:NAME` with NAME a key of `OBJECTIVES`; `bradley_terry` where none is given.
-`preference_pretraining` is followed by a stage of Bradley–Terry, as in its paper. `final/` is a directory of
-transformers' sequence classifiers; `luthier score --reward --model=WORKDIR` asks it.
+`preference_pretraining` is followed by a stage of Bradley–Terry, as in its paper. Held-out pairs are asked afterwards.
+`final/` is a directory of transformers' sequence classifiers; `luthier score --reward --model=WORKDIR` asks it.
 """
 
 import pathlib
@@ -25,6 +25,7 @@ def get_config(loss: str = "bradley_terry"):
         name=f"reward-{loss}",
         model=c.model("smollm2-135m"),
         stages=tuple(_stage(name) for name in names),
+        evaluations=(c.spec("preferences", label="held-out", data=str(TASK / "pairs_test.jsonl"), limit=200),),
         checkpoint=c.checkpoint(every=20),
     )
 

@@ -1,6 +1,7 @@
 """Reward models against transformers: rewards, gradients of packed pairs, directories in both directions."""
 
 import dataclasses
+import itertools
 import json
 import shutil
 import types
@@ -23,6 +24,7 @@ from luthier.data.batches import build
 from luthier.decoding import Sampling, from_source, generate, rewards, score
 from luthier.decoding.reward import rewards_of_tokens
 from luthier.errors import LuthierError
+from luthier.evals.preferences import preferences
 from luthier.models import ModelConfig, Transformer
 from luthier.objectives import reward, reward_objective
 from luthier.optim import optimizers, schedules
@@ -252,6 +254,45 @@ def test_score_reward_brings_each_record_back(policy, directory, tmp_path, capsy
     assert "luthier score --reward" in capsys.readouterr().err
 
 
+def test_held_out_pairs_are_ranked_by_reward_and_by_likelihood(policy, directory, tmp_path, capsys):
+    pairs = [
+        {"prompt": "the sky", "chosen": f" {a}", "rejected": f" {b}"}
+        for a, b in itertools.permutations(("is blue", "blue", "the", "is sky is", "sky"), 2)
+    ]
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(pair) + "\n" for pair in [*pairs, pairs[0] | {"rejected": pairs[0]["chosen"]}]))
+    reward_of = lambda text: rewards(policy, [{"prompt": "the sky", "completion": text}])[0]  # noqa: E731
+    gaps = [reward_of(pair["chosen"]) - reward_of(pair["rejected"]) for pair in pairs]
+    found = preferences(policy, label="p", data=str(data))
+    assert found.n == 20 and found.value == np.mean(np.array(gaps) > 0) == 0.5 and found.metrics["left_out"] == 1
+    assert [record["score"] for record in found.records] == [float(gap > 0) for gap in gaps]
+    larger = [pair["chosen" if gap > 0 else "rejected"] for pair, gap in zip(pairs, gaps)]
+    assert [record["completion"] for record in found.records] == larger
+    assert cli.main(["evaluate", f"--model={directory}", "--task=preferences", f"--task.data={data}"]) == 0
+    assert "50.0%" in capsys.readouterr().out
+    with pytest.raises(LuthierError, match="not divided by tokens"):
+        preferences(policy, label="p", data=str(data), normalise="tokens")
+
+    model, variables = language_model(policy)
+    writer = dataclasses.replace(policy, bound=bind(model.model), variables={"params": variables["params"]})
+    end = WORDS[1]  # an answer of text ends with EOS, in training too
+    for normalise in ("none", "tokens"):
+        found = preferences(writer, label="p", data=str(data), normalise=normalise)
+        of_answer = {}
+        for text in {pair["chosen"] for pair in pairs}:
+            (scored,) = score(writer, [{"prompt": "the sky", "completion": f"{text} {end}"}])
+            of_answer[text] = scored.logprob / (len(scored.token_ids) if normalise == "tokens" else 1)
+        gaps = [of_answer[pair["chosen"]] - of_answer[pair["rejected"]] for pair in pairs]
+        assert [record["score"] for record in found.records] == [float(gap > 0) for gap in gaps]
+        np.testing.assert_allclose([np.subtract(*r["values"]) for r in found.records], gaps, atol=1e-4)
+
+    ranked = {"prompt": "the sky", "completions": [" blue", " is", " sky"], "scores": [2, 1, 1]}
+    (tmp_path / "ranked.jsonl").write_text(json.dumps(ranked) + "\n")
+    found = preferences(policy, label="p", data=str(tmp_path / "ranked.jsonl"))
+    better, *others = map(reward_of, ranked["completions"])
+    assert found.value == np.mean([better > other for other in others])  # the equal two are not compared
+
+
 def test_what_a_reward_model_cannot_do(policy):
     other = dataclasses.replace(policy, bound=bind(Transformer(tiny_policy.config())))
     for ask, message in (
@@ -303,7 +344,11 @@ def test_a_recipe_leaves_a_reward_model(policy, tmp_path):
     pairs = [{"prompt": "the sky", "chosen": f" is {x}", "rejected": f" the {x}"} for x in ("blue", "sky", "is")] * 2
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     made = recipe(tmp_path / "base", tmp_path / "pairs.jsonl")
+    with made.unlocked():
+        made.evaluations = (c.spec("preferences", label="pairs", data=str(tmp_path / "pairs.jsonl")),)
     run = train(made, tmp_path / "work")
+    assert run.evaluations.keys() == {"after-pairs"}  # before training there is no head
+    assert run.evaluations["after-pairs"].value == 1
     asked = [{"prompt": pair["prompt"], "completion": pair[side]} for side in ("chosen", "rejected") for pair in pairs]
     saved = from_source(str(tmp_path / "work"))
     assert saved.bound.model.config.reward and not saved.bound.tuners
@@ -322,6 +367,11 @@ def test_a_recipe_leaves_a_reward_model(policy, tmp_path):
     ):
         with pytest.raises(LuthierError, match=message):
             resolve_stages(recipe("model", "data", **changes), Transformer(shape))
+    with pytest.raises(LuthierError, match="'perplexity' asks"):
+        other = recipe("model", "data")
+        with other.unlocked():
+            other.evaluations = (c.spec("perplexity", label="p", data="data"),)
+        resolve_stages(other, Transformer(tiny_policy.config()))
     with pytest.raises(LuthierError, match="reward_head"):
         resolve_stages(recipe("model", "data", tuners=()), Transformer(tiny_policy.config()))
 

@@ -14,7 +14,7 @@ from laboratory.language import CATEGORIES, WORDS
 
 from luthier import config as c
 
-TEST, SHOTS = 100, 4
+TEST, SHOTS = 60, 4
 
 CAPITALS = """
 France Paris|Germany Berlin|Italy Rome|Spain Madrid|Portugal Lisbon|Greece Athens|Austria Vienna

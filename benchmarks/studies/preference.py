@@ -43,7 +43,9 @@ def write_data(folder: pathlib.Path) -> None:
     entry, known = suite.TARGETS[TARGET], suite.TEST + suite.DEV + suite.TRAIN
     found = episodes.records(entry.family, entry.form, known + PAIRS, seed=0)
     _write(folder / "pairs.jsonl", _pairs(found[known:]))
-    write_sides(folder, _pairs(found[: suite.TEST]))
+    held_out = _pairs(found[: suite.TEST])
+    _write(folder / "pairs-test.jsonl", held_out)
+    write_sides(folder, held_out)
 
 
 def write_sides(folder: pathlib.Path, pairs: Sequence[dict]) -> None:
@@ -87,7 +89,7 @@ def recipe(folder: pathlib.Path, plan: harness.Plan, cell: harness.Cell):
     else:
         kept = (label for label in suite.RETAINED if label != NEAR)
         asked = suite.evaluations(records, (TARGET, "odd-of-five", *kept))
-        asked += likelihoods(records)
+        asked += (*likelihoods(records), c.spec("preferences", label="pairs", data=f"{records}/pairs-test.jsonl"))
     return c.recipe(
         name=cell.name,
         model=c.model(str(folder / "start" / "final"), remat="none"),

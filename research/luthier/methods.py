@@ -350,6 +350,15 @@ METHODS: tuple[Method, ...] = (
         }.items()
     ),
     Method(
+        "preferences",
+        "evaluation",
+        "luthier.evals.preferences:preferences",
+        "Pairs of answers whose better one gets the larger reward, or likelihood.",
+        paper="Preference Learning Algorithms Do Not Learn Preference Rankings (arXiv 2405.19534)",
+        oracle="tests/test_reward.py",
+        config="configs/reward.py",
+    ),
+    Method(
         "shift",
         "evaluation",
         "luthier.evals.shift:shift",

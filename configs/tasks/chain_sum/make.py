@@ -1,7 +1,8 @@
 """Writes train.jsonl and test.jsonl: sums of two signed two-digit integers, as text records.
 
 And of the first problems of train.jsonl pairs.jsonl (a right and a wrong answer), labels.jsonl (one answer and whether
-it is right) and ranked.jsonl (four answers, the nearer the better), with the mistakes that adding goes wrong by.
+it is right) and ranked.jsonl (four answers, the nearer the better), with the mistakes that adding goes wrong by;
+pairs_test.jsonl has pairs of test.jsonl's problems.
 
 A problem is `a + b` or `a - b` with a of either sign and b positive. In four of five both terms
 carry the same sign: opposite signs ask for a subtraction, which takes a small model many more steps
@@ -69,6 +70,8 @@ def main() -> None:
     drawn = [record(*problem) for problem in found]
     parts = {"train": drawn[:TRAIN], "test": drawn[TRAIN:]}
     parts |= zip(("pairs", "labels", "ranked"), zip(*(compared(problem, draw) for problem in found[:COMPARED])))
+    draw = random.Random(2)
+    parts["pairs_test"] = [compared(problem, draw)[0] for problem in found[TRAIN:]]
     for name, part in parts.items():
         path = pathlib.Path(__file__).parent / f"{name}.jsonl"
         path.write_text("".join(json.dumps(r) + "\n" for r in part))

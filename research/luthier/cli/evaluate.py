@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_model(parser)
     parser.add_argument("--config", metavar="FILE.py[:ARG]", help="run this recipe's evaluations and baselines")
     parser.add_argument("--config.KEY", metavar="VALUE", dest="_", help="change one value of the recipe")
-    parser.add_argument("--task", metavar="NAME", help="run one evaluation: verifier, choices or perplexity")
+    parser.add_argument("--task", metavar="NAME", help="run one: verifier, choices, perplexity or preferences")
     parser.add_argument("--task.KEY", metavar="VALUE", dest="__", help="its options, such as --task.data=FILE")
     parser.add_argument("--output", metavar="DIR", help="write results and records to DIR/evaluations")
 

@@ -87,7 +87,7 @@ def told(form: Format, record: Mapping, where: str, *, answers: int, mismatched:
     return form.named(name)
 
 
-def read(form: Format, record: Mapping, where: str, *, most: int) -> Group:
+def read(form: Format, record: Mapping, where: str, *, most: float) -> Group:
     """The record as a group; `where` (file:line) begins the message of every error.
 
     Args:

@@ -374,7 +374,10 @@ def _save_tuner(setup: Setup, place: epath.Path, chosen: ConfigDict, tuner: Tune
 
 
 def _evaluate(setup: Setup, bound: Bound, variables: Variables, when: str) -> dict[str, EvalResult]:
-    specs = setup.config.evaluations + (setup.config.baselines if when == "before" else ())
+    # A language model that is yet to get its reward head is not asked what the reward model is.
+    is_asked = bound.is_reward_model == setup.stages[-1].bound.is_reward_model
+    specs = setup.config.evaluations if is_asked else ()
+    specs += setup.config.baselines if when == "before" else ()
     if not specs:
         return {}
     return evaluate(setup.policy(bound, variables), specs, workdir=setup.workdir, when=when, note=setup.about.note)

@@ -113,13 +113,22 @@ def resolve_stages(
         loss = resolve(config.objective, "objective")()
         _check_loss(loss, config)
         check_head(loss, bound, f"stage {config.name}: objective")
-        if bound.is_reward_model and recipe.evaluations:
-            raise LuthierError(
-                "a reward model can't be asked what evaluations ask", where="evaluations", mend="Leave them out"
-            )
+        if bound.is_reward_model:
+            _check_evaluations(recipe)
         stages.append(ResolvedStage(recipe, config, bound, _trained(config, bound), loss, handed_on))
         handed_on = there
     return tuple(stages)
+
+
+def _check_evaluations(recipe: ConfigDict) -> None:
+    """Raises a LuthierError for an evaluation that a reward model can't be asked."""
+    for chosen in recipe.evaluations:
+        if chosen.name != "preferences":
+            raise LuthierError(
+                f"a reward model can't be asked what {chosen.name!r} asks",
+                where=f"evaluations: {chosen.label}",
+                mend='Take spec("preferences")',
+            )
 
 
 def _trained(config: ConfigDict, bound: Bound) -> tuple[str, ...]:
