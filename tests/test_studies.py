@@ -82,6 +82,16 @@ def test_a_killed_study_goes_on_and_ends_in_a_page(tmp_path, capsys):
     assert "<svg" in (tmp_path / "docs" / "demo.svg").read_text()
 
 
+def test_the_page_lists_the_tasks_behind_retention():
+    cells = [
+        {"method": method, "seed": seed, "measures": {"before-copy": 0.9, "kept-copy": change}}
+        for method, changes in {"a": (-0.1, -0.2), "b": (0.051, 0.049)}.items()
+        for seed, change in enumerate(changes)
+    ]
+    found = page.text(PLAN, {"cells": cells, "rates": {"a": 0.1, "b": 0.3}, "tuning": [], "directions": []})
+    assert "| task | before | a | b |" in found and "| copy | 90% | -15 | +5 |" in found
+
+
 @pytest.mark.parametrize(
     ("direction", "differences", "expected"),
     [

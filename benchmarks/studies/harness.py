@@ -160,6 +160,7 @@ def measured(
     kept = compare.retained(evaluations)
     if kept and kept.rows:
         measures["retention"] = kept.difference.value
+        measures |= {f"kept-{row.label}": row.difference.value for row in kept.rows}
     if further:
         measures |= further(evaluations)
     found = {"seconds": round(time.monotonic() - start, 1), "measures": measures}

@@ -7,6 +7,7 @@ What a study says in words is written after it was run, in `readings.yaml`.
 
 import json
 import pathlib
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -42,7 +43,28 @@ def text(plan: Plan, results: Mapping[str, Any]) -> str:
     lines += ["", f"Means over {len(plan.seeds)} seeds with Student's 95% interval.", "", *_tuning(plan, results), ""]
     lines += ["Directions, written down before the run (`benchmarks/studies/plans.yaml`):", ""]
     lines += [f"- {_sentence(found)}" for found in results["directions"]]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *_kept(results)]) + "\n"
+
+
+def _kept(results: Mapping[str, Any]) -> list[str]:
+    """The tasks behind `retention`: before training, and how many points each method gained or lost on them."""
+    cells, methods = results["cells"], list(results["rates"])
+    labels = [name.removeprefix("kept-") for name in cells[0]["measures"] if name.startswith("kept-")]
+    if not labels:
+        return []
+    rows = []
+    for label in labels:
+        changes = [list(values_of(cells, method, f"kept-{label}").values()) for method in methods]
+        cut = [f"{round(100 * statistics.mean(found)):+d}" if found else "–" for found in changes]
+        rows.append(f"| {label} | {100 * cells[0]['measures'][f'before-{label}']:.0f}% | {' | '.join(cut)} |")
+    return [
+        "",
+        "What `retention` is the mean of: accuracy before training, and the points gained or lost (means over seeds).",
+        "",
+        f"| task | before | {' | '.join(methods)} |",
+        f"|---|--:|{'--:|' * len(methods)}",
+        *rows,
+    ]
 
 
 def _tuning(plan: Plan, results: Mapping[str, Any]) -> list[str]:
