@@ -70,7 +70,7 @@ def _kept(results: Mapping[str, Any]) -> list[str]:
 def _tuning(plan: Plan, results: Mapping[str, Any]) -> list[str]:
     """What each learning rate gave on the seed that chose."""
     if not results["tuning"]:
-        return ["Learning rates are those that another study chose."]
+        return ["Learning rates were not tuned here."]
     lines = [f"Learning rates by {plan.tune['measure']} on seed {plan.tune['seed']}, of other records:", ""]
     for method in results["rates"]:
         tried = [cell for cell in results["tuning"] if cell["method"] == method]
