@@ -241,28 +241,29 @@ START = str(WORKDIR / "start")
 start = train(recipe(LOSSES[0], 0, MODEL), START)
 
 # %% [markdown]
-# What is asked of it, and of all that follow: held-out sums, and the log-probabilities of both answers of the first
-# pairs. These pairs are among those trained on; the claim is about them.
+# What is asked of it, and of all that follow: held-out sums, which answer of held-out pairs it thinks likelier, and the
+# log-probabilities of both answers of the first pairs. These are among those trained on; the claim is about them.
 
 # %%
 from luthier.decoding import score
 from luthier.evals import evaluate
 
-(sums,) = get_config().evaluations
-sums.limit = QUESTIONS
+sums, pairs = get_config().evaluations
+sums.limit = pairs.limit = QUESTIONS
 compared = records["pairs"][:QUESTIONS]
 
 
 def measure(policy):
-    """The share of right sums, and log π of both answers of each pair, `[2, pairs]`."""
+    """The shares of right sums and of right rankings, and log π of both answers of each pair, `[2, pairs]`."""
     sides = ("chosen", "rejected")
     asked = [{"prompt": pair["prompt"], "completion": pair[side]} for side in sides for pair in compared]
     logps = np.array([found.logprob for found in score(policy, asked)]).reshape(2, -1)
-    return evaluate(policy, (sums,))["sums"], logps
+    found = evaluate(policy, (sums, pairs))
+    return found["sums"], found["pairs"], logps
 
 
-results, logps, metrics = {}, {}, {}
-results["start"], logps["start"] = measure(start.policy)
+results, ranked, logps, metrics = {}, {}, {}, {}
+results["start"], ranked["start"], logps["start"] = measure(start.policy)
 del start  # and the weights that it holds
 
 # %% [markdown]
@@ -288,7 +289,7 @@ print(f"{batches.counts['examples']:,} pairs in {batches.rows_per_epoch:,} packe
 for loss in LOSSES:
     run = train(recipe(loss, 1, START), WORKDIR / loss)
     metrics[loss] = run.metrics
-    results[loss], logps[loss] = measure(run.policy)
+    results[loss], ranked[loss], logps[loss] = measure(run.policy)
     del run
 
 # %% [markdown]
@@ -337,8 +338,9 @@ rich.print(table)
 # %% [markdown]
 # ## What was learnt
 #
-# Held-out sums, asked in the same way of all. A larger margin need not mean more right answers: making the wrong answer
-# of a pair unlikely says nothing of all the other wrong ones.
+# Held-out sums, asked in the same way of all, and below them held-out pairs: how often the right answer is the likelier
+# one. Ranking better need not mean more right answers: making the wrong answer of a pair unlikely says nothing of all
+# the other wrong ones.
 
 # %%
 import dataclasses
@@ -348,7 +350,8 @@ from luthier.evals.statistics import paired_difference
 from luthier.reporting import result_table
 from luthier.reporting.tables import points
 
-named = [dataclasses.asdict(dataclasses.replace(result, name=name)) for name, result in results.items()]
+measured = results | {f"{name}: pairs": result for name, result in ranked.items()}
+named = [dataclasses.asdict(dataclasses.replace(result, name=name)) for name, result in measured.items()]
 rich.print(result_table(named, weights.describe(MODEL).note))
 
 
