@@ -33,7 +33,7 @@ CHANGES = {
     ("promot_smollm2", "promot"): ("stages[0].batch_size=4", "stages[1].steps=90"),
 }
 # A method that is not a choice of its recipe: the choice that it is made of, and what differs.
-VARIANTS = {"otr+0.1": ("mc", ("stages[0].objective.beta=0.1",))}
+VARIANTS = {"otr+0.1": ("mc", ("stages[0].objective.beta=0.1",)), "otr-0.1": ("mc", ())}
 
 
 def recipe(folder: pathlib.Path, plan: harness.Plan, cell: harness.Cell):
