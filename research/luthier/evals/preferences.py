@@ -82,9 +82,7 @@ def preferences(
             gaps.append(float(np.mean(differences)))
     if not records:
         raise LuthierError("no record has two answers of different scores", where=data)
-    scores = [record["score"] for record in records]
-    share = set(scores) <= {0.0, 1.0}
-    interval = statistics.wilson(int(sum(scores)), len(scores)) if share else statistics.mean(scores, seed=seed)
+    _, interval = statistics.of_scores([record["score"] for record in records], seed=seed)
     metrics = {"margin": float(np.mean(gaps)), "left_out": float(len(found) - len(records)), "chance": 0.5}
     return EvalResult(
         label,

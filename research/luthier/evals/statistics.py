@@ -40,6 +40,12 @@ def mean(values: Sequence[float] | Float[np.ndarray, " n"], *, confidence: float
     return ratio(values, np.ones(len(values)), confidence=confidence, seed=seed)
 
 
+def of_scores(scores: Sequence[float], *, seed: int = 0) -> tuple[bool, Interval]:
+    """Whether all scores are 0 or 1, and the mean: then with Wilson's interval, else with `mean`'s."""
+    share = set(scores) <= {0.0, 1.0}
+    return share, wilson(int(sum(scores)), len(scores)) if share else mean(scores, seed=seed)
+
+
 def ratio(
     numerators: Sequence[float] | Float[np.ndarray, " n"],
     denominators: Sequence[float] | Float[np.ndarray, " n"],

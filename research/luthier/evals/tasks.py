@@ -73,9 +73,7 @@ def verifier(
                 "finish_reason": generation.finish_reason,
             }
         )
-    scores = [record["score"] for record in records]
-    share = set(scores) <= {0.0, 1.0}
-    interval = statistics.wilson(int(sum(scores)), len(scores)) if share else statistics.mean(scores, seed=seed)
+    share, interval = statistics.of_scores([record["score"] for record in records], seed=seed)
     metrics = {
         "mean_tokens": float(np.mean([len(generation.token_ids) for generation in made])),
         "ended": float(np.mean([generation.finish_reason != "length" for generation in made])),
