@@ -4,7 +4,11 @@
 eight_devices.py.
 """
 
+import concurrent.futures
+import itertools
 import json
+import multiprocessing
+import os
 import pathlib
 import sys
 import tempfile
@@ -83,20 +87,24 @@ def run(recipe, devices):
     return [float(first["loss"]), float(second["loss"])], all(jax.tree.leaves(same))
 
 
+def check(objective: str, tuner: str) -> dict:
+    recipe = recipe_of(objective, tuner)
+    one, _ = run(recipe, jax.devices()[:1])
+    eight, resumed = run(recipe, jax.devices())
+    jax.clear_caches()
+    gap = max(abs(a - b) / abs(a) for a, b in zip(one, eight))
+    good = gap <= 1e-5 and resumed and one[0] != one[1]
+    return {"objective": objective, "tuner": tuner, "gap": gap, "resumed": resumed, "good": good}
+
+
 def main() -> None:
-    found, start = [], time.monotonic()
-    for objective in OBJECTIVES:
-        for tuner in TUNERS:
-            recipe = recipe_of(objective, tuner)
-            one, _ = run(recipe, jax.devices()[:1])
-            eight, resumed = run(recipe, jax.devices())
-            gap = max(abs(a - b) / abs(a) for a, b in zip(one, eight))
-            found.append({"objective": objective, "tuner": tuner, "gap": gap, "resumed": resumed})
-            good = gap <= 1e-5 and resumed and one[0] != one[1]
-            found[-1]["good"] = good
-            remarks = ("" if resumed else "other bits after a resume ") + ("" if good else "BAD")
-            print(f"{objective:25} {tuner:25} {gap:.1e} {remarks}", flush=True)
-            jax.clear_caches()
+    start, pairs = time.monotonic(), list(itertools.product(OBJECTIVES, TUNERS))
+    found = []
+    with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        for one in pool.map(check, *zip(*pairs)):
+            found.append(one)
+            remarks = ("" if one["resumed"] else "other bits after a resume ") + ("" if one["good"] else "BAD")
+            print(f"{one['objective']:25} {one['tuner']:25} {one['gap']:.1e} {remarks}", flush=True)
     (ROOT / "tests" / "matrix.json").write_text(json.dumps(found, indent=1) + "\n")
     bad = [one for one in found if not one["good"]]
     print(f"{len(found)} pairs, {len(bad)} bad, {time.monotonic() - start:.0f} s")

@@ -13,7 +13,9 @@ import tiny_training
 from luthier.training.step import make_gradients
 
 ROWS, TIME = 12, 13
-LIMIT = {np.float32: 1e-6, np.float64: 1e-12}
+# A float32 gradient of this batch is 0.7e-6 to 1.0e-6 off the exact one, however and wherever it is summed, so two of
+# them are up to 1.4e-6 apart; float64 shows that the sums are the same.
+LIMIT = {np.float32: 2e-6, np.float64: 1e-12}
 
 
 def ragged(rows: int = ROWS) -> dict[str, np.ndarray]:
