@@ -21,6 +21,7 @@ import tokenizers
 import torch
 import transformers
 import trl
+import trl_runs
 from datasets import Dataset
 
 HERE = pathlib.Path(__file__).parent
@@ -69,23 +70,14 @@ def run(name: str) -> dict[str, np.ndarray]:
     with tempfile.TemporaryDirectory() as directory:
         config = trl.DPOConfig(
             output_dir=directory,
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            report_to="none",
-            save_strategy="no",
-            logging_steps=1,
-            disable_tqdm=True,
+            **trl_runs.ARGUMENTS,
             max_steps=STEPS,
             per_device_train_batch_size=BATCH,
             max_length=None,
             beta=0.5,
-            optim="adamw_torch",
             lr_scheduler_type="constant",
-            warmup_steps=0,
             weight_decay=0.0,
             max_grad_norm=1e9,
-            train_sampling_strategy="sequential",
             **CASES[name],
         )
         trainer = Recorder(
@@ -111,11 +103,7 @@ def run(name: str) -> dict[str, np.ndarray]:
     logged = {key: [e[key] for e in trainer.state.log_history if key in e] for key in trainer.state.log_history[0]}
     arrays = {"input_ids": stacked(0), "is_completion": stacked(1), "losses": np.array(trainer.losses)}
     arrays |= {key: np.array(value) for key, value in logged.items() if key.startswith(("rewards/", "logps/"))}
-    for weight_name, weight in model.named_parameters() if name != "lora" else ():
-        flat = weight.detach().numpy().ravel()
-        arrays[f"slice/{weight_name}"] = flat[:: max(1, flat.size // 64)][:64]
-        arrays[f"norm/{weight_name}"] = np.linalg.norm(flat.astype(np.float64))
-    return arrays
+    return arrays if name == "lora" else arrays | trl_runs.weights(model)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import tokenizers
 import torch
 import transformers
 import trl
+import trl_runs
 from datasets import Dataset
 
 HERE = pathlib.Path(__file__).parent
@@ -60,23 +61,14 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as directory:
         config = trl.RewardConfig(
             output_dir=directory,
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            report_to="none",
-            save_strategy="no",
-            logging_steps=1,
-            disable_tqdm=True,
+            **trl_runs.ARGUMENTS,
             max_steps=STEPS,
             per_device_train_batch_size=BATCH,
             center_rewards_coefficient=0.01,
             learning_rate=1e-3,
-            optim="adamw_torch",
             lr_scheduler_type="constant",
-            warmup_steps=0,
             weight_decay=0.0,
             max_grad_norm=1e9,
-            train_sampling_strategy="sequential",
         )
         trainer = Recorder(model=model, args=config, train_dataset=examples(), processing_class=tokenizer())
         trainer.seen, trainer.margins, trainer.losses = [], [], []
@@ -88,9 +80,6 @@ if __name__ == "__main__":
     }
     logged = [entry for entry in trainer.state.log_history if "mean_reward" in entry]
     saved |= {f"logged/{key}": np.array([e[key] for e in logged]) for key in ("mean_reward", "margin", "accuracy")}
-    for name, weight in model.named_parameters():
-        flat = weight.detach().numpy().ravel()
-        saved[f"slice/{name}"] = flat[:: max(1, flat.size // 64)][:64]
-        saved[f"norm/{name}"] = np.linalg.norm(flat.astype(np.float64))
+    saved |= trl_runs.weights(model)
     print(saved["losses"], saved["logged/margin"], saved["logged/accuracy"])
     np.savez_compressed(HERE / "trl_reward.npz", **saved)

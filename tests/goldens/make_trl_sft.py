@@ -20,6 +20,7 @@ import tokenizers
 import torch
 import transformers
 import trl
+import trl_runs
 from datasets import Dataset
 
 HERE = pathlib.Path(__file__).parent
@@ -72,25 +73,16 @@ def run(target: str, micro_batches: int) -> dict[str, np.ndarray]:
     with tempfile.TemporaryDirectory() as directory:
         config = trl.SFTConfig(
             output_dir=directory,
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            report_to="none",
-            save_strategy="no",
-            logging_steps=1,
-            disable_tqdm=True,
+            **trl_runs.ARGUMENTS,
             max_steps=STEPS,
             per_device_train_batch_size=BATCH // micro_batches,
             gradient_accumulation_steps=micro_batches,
-            train_sampling_strategy="sequential",
             packing=False,
             max_length=None,
             completion_only_loss=target != "all",
             loss_type="dft" if target == "dft" else "nll",
-            optim="adamw_torch",
             learning_rate=LEARNING_RATE,
             lr_scheduler_type="linear",
-            warmup_steps=0,
             weight_decay=DECAY,
             adam_beta1=0.9,
             adam_beta2=0.999,
@@ -117,11 +109,7 @@ def run(target: str, micro_batches: int) -> dict[str, np.ndarray]:
         "grad_norms": np.array(trainer.grad_norms),
         "learning_rates": np.array(rates),
     }
-    for name, weight in model.named_parameters():
-        flat = weight.detach().numpy().ravel()
-        arrays[f"slice/{name}"] = flat[:: max(1, flat.size // 64)][:64]
-        arrays[f"norm/{name}"] = np.linalg.norm(flat.astype(np.float64))
-    return arrays
+    return arrays | trl_runs.weights(model)
 
 
 if __name__ == "__main__":

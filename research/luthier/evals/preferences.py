@@ -84,16 +84,7 @@ def preferences(
         raise LuthierError("no record has two answers of different scores", where=data)
     _, interval = statistics.of_scores([record["score"] for record in records], seed=seed)
     metrics = {"margin": float(np.mean(gaps)), "left_out": float(len(found) - len(records)), "chance": 0.5}
-    return EvalResult(
-        label,
-        "accuracy",
-        interval.value,
-        interval.low,
-        interval.high,
-        len(records),
-        metrics={"accuracy": interval.value, **metrics},
-        records=tuple(records),
-    )
+    return EvalResult.of(label, "accuracy", interval, records, metrics)
 
 
 def _read(form: Format, record: Any, where: str) -> tuple[groups.Group, list[tuple[int, int]]]:

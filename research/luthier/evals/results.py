@@ -3,13 +3,14 @@
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 from etils import epath
 
 from luthier.errors import LuthierError
+from luthier.evals.statistics import Interval
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,21 @@ class EvalResult:
     shots: int = 0
     note: str = ""
     records: tuple[Mapping[str, Any], ...] = dataclasses.field(default=(), repr=False)
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        metric: str,
+        interval: Interval,
+        records: Sequence[Mapping[str, Any]],
+        metrics: Mapping[str, float],
+        shots: int = 0,
+    ) -> "EvalResult":
+        """The result over `records`; its value is among its metrics too."""
+        value, low, high = interval.value, interval.low, interval.high
+        metrics = {metric: value, **metrics}
+        return cls(name, metric, value, low, high, len(records), metrics, shots=shots, records=tuple(records))
 
 
 _FIELDS = [field.name for field in dataclasses.fields(EvalResult) if field.name != "records"]

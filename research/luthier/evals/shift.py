@@ -67,19 +67,12 @@ def shift(
     found = token_shift(begun, policy, rows, batch_size=batch_size)
     kl, changed, size = (np.array([f(s) for s in found]) for f in (_total_kl, _total_changed, _size))
     mean = statistics.ratio(kl, size, seed=seed)
-    return EvalResult(
-        label,
-        "kl",
-        mean.value,
-        mean.low,
-        mean.high,
-        len(found),
-        metrics={"kl": mean.value, "token_shift": float(changed.sum() / size.sum()), "tokens": float(size.sum())},
-        records=tuple(
-            {"where": place, "kl": float(k), "changed": int(c), "tokens": int(n)}
-            for place, k, c, n in zip(places, kl, changed, size)
-        ),
-    )
+    metrics = {"token_shift": float(changed.sum() / size.sum()), "tokens": float(size.sum())}
+    records = [
+        {"where": place, "kl": float(k), "changed": int(c), "tokens": int(n)}
+        for place, k, c, n in zip(places, kl, changed, size)
+    ]
+    return EvalResult.of(label, "kl", mean, records, metrics)
 
 
 def token_shift(

@@ -79,7 +79,7 @@ def verifier(
         "ended": float(np.mean([generation.finish_reason != "length" for generation in made])),
         "chance": chance or 0.0,
     }
-    return _result(label, "accuracy" if share else "reward", interval, records, metrics, shots)
+    return EvalResult.of(label, "accuracy" if share else "reward", interval, records, metrics, shots)
 
 
 def _checked(reward: verifiers.Verifier, completion: str, record: Mapping, where: str) -> float:
@@ -153,7 +153,7 @@ def choices(
     metrics = {f"accuracy_{name}": float(np.mean(values)) for name, values in right.items()}
     metrics["chance"] = _chance(questions) if chance is None else chance
     interval = statistics.wilson(int(sum(right[normalise])), len(records))
-    return _result(label, "accuracy", interval, records, metrics, shots)
+    return EvalResult.of(label, "accuracy", interval, records, metrics, shots)
 
 
 def _chance(questions: Sequence[tuple[Case, Sequence[str]]]) -> float:
@@ -229,18 +229,4 @@ def perplexity(
     if bytes_.sum():
         metrics["bits_per_byte"] = float(nll.sum() / bytes_.sum() / math.log(2))
     records = [{"where": place, "nll": float(a), "tokens": int(b)} for place, a, b in zip(places, nll, size)]
-    return _result(label, "perplexity", interval, records, metrics, 0)
-
-
-def _result(label, metric, interval: statistics.Interval, records, metrics, shots: int) -> EvalResult:
-    return EvalResult(
-        label,
-        metric,
-        interval.value,
-        interval.low,
-        interval.high,
-        len(records),
-        metrics={metric: interval.value, **metrics},
-        shots=shots,
-        records=tuple(records),
-    )
+    return EvalResult.of(label, "perplexity", interval, records, metrics)
