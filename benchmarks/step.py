@@ -87,7 +87,7 @@ def luthier_step(tune: str, tokens, remat: str, shape: dict = SMOLLM2_135M, dtyp
         tokens = pairs(tokens).reshape(tokens.shape)
     state = init_state(trainable, optimizer, sharder)
     del variables, trainable
-    step = jit_step(make_step(bound, objective, optimizer, clip_norm=1.0))
+    step = jit_step(make_step(bound, objective, optimizer, clip_norm=1.0), state)
     length = tokens.shape[1] // (2 if tune == "dpo" else 1)
     place = np.tile(np.arange(tokens.shape[1], dtype=np.int32), (len(tokens), 1))
     weights = np.ones(tokens.shape, np.float32) if loss_weights is None else loss_weights.copy()

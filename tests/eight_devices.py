@@ -3,8 +3,10 @@
 import itertools
 import math
 import os
+import pathlib
 import re
 import sys
+import tempfile
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 
@@ -23,6 +25,7 @@ from luthier.objectives import token_objective
 from luthier.objectives.sft import sft
 from luthier.parallel import make_mesh, make_sharder, reduce_scatter
 from luthier.training.aot import abstract_step
+from luthier.training.checkpoints import Checkpoints
 from luthier.training.flops import matmul_flops
 from luthier.training.hlo import collectives
 from luthier.training.state import split
@@ -43,7 +46,7 @@ def sharder(sizes):
     return make_sharder(mesh, num_heads=8, num_kv_heads=4)
 
 
-def close(got, expected, tolerance=2e-5):
+def close(got, expected, tolerance=1e-5):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance), got, expected)
 
 
@@ -215,30 +218,35 @@ def _check_lora_start(variables):
 
 
 SOFT = configs.spec("prompt_tuning", length=4, prompts=2)
+ADAPTER = configs.spec("adapter", placement="parallel")
 # A loss that sorts the answers of the whole batch, a reference of its own, and a term that counts the batch's tokens.
 PREFERENCE = configs.spec("combine", losses=(configs.spec("aot"), configs.spec("chosen_sft")), weights=(1.0, 0.1))
 LEARNED = {
-    # name: (objective, tuners, trained, transforms)
-    "nine heads": ("sft", (), (), ()),
-    "answers": (PREFERENCE, (), (), ()),
-    "draws": ("one_token_rollout", (), (), ("masked_thought",)),
-    "reference": ("asft", (), (), ()),
-    "a frozen prompt": ("asft", (SOFT,), ("params",), ()),
+    # name: (objective, tuners, trained, transforms, mask)
+    "nine heads": ("sft", (), (), (), None),
+    "answers": (PREFERENCE, (), (), (), None),
+    "draws": ("one_token_rollout", (), (), ("masked_thought",), None),
+    "reference": ("asft", (), (), (), None),
+    "a frozen prompt": ("asft", (SOFT,), ("params",), (), None),
+    "a trained prompt": ("dft", (SOFT,), (), (), None),
+    "tuners": ("sft", ("ia3", ADAPTER, configs.spec("prefix", hidden=8)), (), (), None),
+    "a mask": ("sft", (), (), (), "half"),
 }
 
 
 def methods():
-    """One objective, transform or prompt for each seam: 2 x 2 x 2 devices give the losses of one, random draws too; and
-    three devices do with SmolLM2's heads."""
+    """One objective, transform, kind of tuner and mask: 2 x 2 x 2 devices give the losses of one, random draws too, and
+    a state that was saved and restored between two steps ends in the same bits; three devices do with SmolLM2's."""
     few = ["model.compute_dtype=float32", "stages[0].batch_size=8", "stages[0].sequence_length=40"]
     recipe = configs.load("configs/pod.py", few)
     spec = lambda chosen: configs.spec(chosen) if isinstance(chosen, str) else chosen  # noqa: E731
-    for name, (objective, tuners, train, transforms) in LEARNED.items():
+    for name, (objective, tuners, train, transforms, mask) in LEARNED.items():
         with recipe.unlocked():
             stage = recipe.stages[0]
             with stage.unlocked():
                 stage.objective, stage.train = spec(objective), train
                 stage.tuners, stage.transforms = tuple(map(spec, tuners)), tuple(map(spec, transforms))
+                stage.mask = mask and spec(mask)
                 stage.schedule = configs.spec("constant", peak=1e-2, warmup=0.0)
         losses, (heads, groups, *meshes) = [], (9, 3, (1, 1, 3)) if name == "nine heads" else (8, 4, (2, 2, 2))
         shape = tiny_policy.config(
@@ -248,9 +256,27 @@ def methods():
             mesh = make_mesh(**dict(zip(("data", "fsdp", "tensor"), sizes)), devices=jax.devices()[: math.prod(sizes)])
             s = make_sharder(mesh, num_heads=heads, num_kv_heads=groups)
             step, arguments, _ = abstract_step(recipe, recipe.stages[0], shape, s, "float32")
-            losses.append([float(one["loss"]) for one in _run(step, *arguments)])
+            found, is_same = stopped(step, arguments)
+            losses.append(found)
+            assert is_same, (name, sizes)
         np.testing.assert_allclose(*losses, rtol=1e-5, err_msg=name)
         assert losses[0][0] != losses[0][1], name
+
+
+def stopped(step, arguments):
+    """Losses of two steps, and whether a state that was saved and restored between them ends in the same bits."""
+    state, frozen, batch = values(*arguments)
+    state, first = step(state, frozen, batch)
+    for leaf, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(arguments[0]), strict=True):
+        assert leaf.sharding.is_equivalent_to(wanted.sharding, leaf.ndim), (leaf.sharding, wanted)
+    with tempfile.TemporaryDirectory() as folder, Checkpoints(pathlib.Path(folder) / "c", keep_last=1) as kept:
+        kept.save(1, state)
+        kept.wait()
+        restored, _ = kept.restore(arguments[0])
+    state, second = step(state, frozen, batch)
+    again, _ = step(restored, frozen, batch)
+    same = jax.tree.map(lambda a, b: np.asarray(a).tobytes() == np.asarray(b).tobytes(), state, again)
+    return [float(first["loss"]), float(second["loss"])], all(jax.tree.leaves(same))
 
 
 def values(state, frozen, batch):

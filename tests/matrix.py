@@ -11,18 +11,15 @@ import multiprocessing
 import os
 import pathlib
 import sys
-import tempfile
 import time
 
 import eight_devices  # first: it sets the number of devices
 import jax
-import numpy as np
 import tiny_policy
 
 from luthier import config as configs
 from luthier.parallel import make_mesh, make_sharder
 from luthier.training.aot import abstract_step
-from luthier.training.checkpoints import Checkpoints
 
 ROOT = pathlib.Path(__file__).parents[1]
 SHAPE = tiny_policy.config(hidden_size=64, intermediate_size=160, num_attention_heads=8, num_key_value_heads=4)
@@ -71,20 +68,10 @@ def recipe_of(objective: str, tuner: str):
 
 
 def run(recipe, devices):
-    """Losses of two steps, and whether a state that was saved and restored between them ends in the same bits."""
     sizes = dict(zip(("data", "fsdp", "tensor"), (1, 1, 1) if len(devices) == 1 else (2, 2, 2)))
     sharder = make_sharder(make_mesh(**sizes, devices=devices), num_heads=8, num_kv_heads=4)
     step, arguments, _ = abstract_step(recipe, recipe.stages[0], SHAPE, sharder, "float32")
-    state, frozen, batch = eight_devices.values(*arguments)
-    state, first = step(state, frozen, batch)
-    with tempfile.TemporaryDirectory() as folder, Checkpoints(pathlib.Path(folder) / "c", keep_last=1) as kept:
-        kept.save(1, state)
-        kept.wait()
-        restored, _ = kept.restore(arguments[0])
-    state, second = step(state, frozen, batch)
-    again, _ = step(restored, frozen, batch)
-    same = jax.tree.map(lambda a, b: np.asarray(a).tobytes() == np.asarray(b).tobytes(), state, again)
-    return [float(first["loss"]), float(second["loss"])], all(jax.tree.leaves(same))
+    return eight_devices.stopped(step, arguments)
 
 
 def check(objective: str, tuner: str) -> dict:
@@ -93,7 +80,8 @@ def check(objective: str, tuner: str) -> dict:
     eight, resumed = run(recipe, jax.devices())
     jax.clear_caches()
     gap = max(abs(a - b) / abs(a) for a, b in zip(one, eight))
-    good = gap <= 1e-5 and resumed and one[0] != one[1]
+    # One draw of 82,000 may fall on either side of a boundary: that is 6 nats of log-probability, 2e-4 of the loss.
+    good = gap <= (3e-4 if objective == "one_token_rollout" else 1e-5) and resumed and one[0] != one[1]
     return {"objective": objective, "tuner": tuner, "gap": gap, "resumed": resumed, "good": good}
 
 

@@ -219,7 +219,6 @@ def test_suite_shares_no_problem_and_asks_as_the_library_does(tmp_path, monkeypa
     for spec in suite.evaluations(tmp_path, suite.ALL, limit=5, apart=("prompt",)):
         assert spec.retention == (spec.label in suite.FEW_SHOT or spec.label in suite.NAMED)
         assert (spec.label in suite.TARGETS) == (spec.without == ())
-        assert spec.chance == (0.5 if suite.ALL[spec.label].labels else None)
         cases = read_cases(spec.data)
         names = ("test", "train", *(("dev",) if spec.label in suite.TARGETS else ()))
         parts = [read_cases(spec.data.replace("test.jsonl", f"{name}.jsonl")) for name in names]
@@ -228,6 +227,19 @@ def test_suite_shares_no_problem_and_asks_as_the_library_does(tmp_path, monkeypa
         assert prompt.count(made.SEPARATOR) == spec.shots
         ids = TOKENIZER.encode(prompt + cases[0].answer)
         assert TOKENIZER.id_of("<unk>") not in ids and len(ids) < made.LONGEST
+
+
+def test_chance_is_that_of_naming_what_is_listed(tmp_path):
+    suite.write(tmp_path)
+    chances = {spec.label: spec.chance for spec in suite.evaluations(tmp_path, suite.ALL)}
+    assert chances["ordered"] == 0.5 and chances["outlier"] == chances["odd"] == pytest.approx(1 / 3)
+    assert chances["odd-of-five"] == pytest.approx(1 / 5) and chances["to-bakan"] < 0.01
+    for label, kind in (("largest", r"\d+"), ("lookup", r"\d+")):
+        records = map(json.loads, (tmp_path / label / "test.jsonl").open())
+        listed = [re.findall(kind, record["prompt"]) for record in records]
+        assert chances[label] == pytest.approx(sum(1 / len(set(one)) for one in listed) / len(listed)), label
+    counts = [json.loads(line)["completion"] for line in (tmp_path / "told-count" / "test.jsonl").open()]
+    assert chances["told-count"] == pytest.approx(max(map(counts.count, counts)) / len(counts))
 
 
 def test_committed_model_passed_the_gate():

@@ -34,12 +34,14 @@ def bytes_on_first_device(tree):
     first = jax.devices()[0]
     return sum(s.data.nbytes for x in jax.tree.leaves(tree) for s in x.addressable_shards if s.device == first)
 
-def asked(step, platform):
+jit_step = run.jit_step
+
+def asked(step, state, platform):
     compiled = None
     def call(state, frozen, batch):
         nonlocal compiled
         if compiled is None:
-            compiled = jax.jit(step, donate_argnums=0).lower(state, frozen, batch).compile()
+            compiled = jit_step(step, state, platform).lower(state, frozen, batch).compile()
             aliased = compiled.memory_analysis().alias_size_in_bytes
             print("BYTES", json.dumps([aliased, bytes_on_first_device(state)]), flush=True)
         return compiled(state, frozen, batch)

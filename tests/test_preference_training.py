@@ -62,7 +62,7 @@ def test_four_steps_equal_trl(name, micro_batches):
     trainable, frozen = split(variables, train)
     options = {"average": Average(0.4, 2), "reference_is_average": True} if name == "sync" else {}
     state = init_state(jax.tree.map(jnp.copy, trainable), optimizer, tiny_training.SHARDER, ema=name == "sync")
-    step = jit_step(make_step(bound, objective, optimizer, micro_batches=micro_batches, **options))
+    step = jit_step(make_step(bound, objective, optimizer, micro_batches=micro_batches, **options), state)
     log = []
     for ids, is_completion in zip(expected["input_ids"], expected["is_completion"]):
         state, metrics = step(state, frozen | beside, packed(ids, is_completion))

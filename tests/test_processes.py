@@ -42,8 +42,8 @@ from luthier.cli import main as cli
 
 compile_step, compiled = run.jit_step, []
 
-def jit_step(step, platform):
-    compiled.append(compiled[0] if compiled else compile_step(step, platform))
+def jit_step(step, state, platform):
+    compiled.append(compiled[0] if compiled else compile_step(step, state, platform))
     return compiled[0]
 
 run.jit_step = jit_step

@@ -127,7 +127,7 @@ def test_four_steps_equal_trl(policy):
     bound, loss = policy.bound, reward.bradley_terry(margin=True, centring=0.01)
     optimizer = optimizers.adamw(schedules.constant(4, peak=1e-3), b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0)
     state = init_state({"params": wide(policy.variables["params"])}, optimizer, SHARDER)
-    step = jit_step(make_step(bound, reward_objective.make(loss, 2, SHARDER), optimizer))
+    step = jit_step(make_step(bound, reward_objective.make(loss, 2, SHARDER), optimizer), state)
     log = []
     for ids, margins in zip(expected["input_ids"], expected["margins"]):
         answers = [row[row != bound.model.config.pad_token_id] for row in ids]

@@ -46,7 +46,7 @@ def train(bound, variables, optimizer, batches, *, train=("params",), loss=None,
     """(final state, frozen, metrics of each step) after one step a batch."""
     trainable, frozen = split(variables, train)
     state = init_state(jax.tree.map(jnp.copy, trainable), optimizer, SHARDER)
-    step = jit_step(make_step(bound, token_objective(loss or sft(), SHARDER), optimizer, **options))
+    step = jit_step(make_step(bound, token_objective(loss or sft(), SHARDER), optimizer, **options), state)
     log = []
     for batch in batches:
         state, metrics = step(state, frozen, batch)

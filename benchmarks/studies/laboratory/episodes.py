@@ -1,5 +1,7 @@
 """Episodes of pretraining, and the problems that evaluations ask: pure functions of a seed."""
 
+import collections
+import math
 import random
 import re
 from collections.abc import Iterator
@@ -93,12 +95,35 @@ def records(name: str, form: Format, count: int, seed: int, labels: tuple[str, .
     Args:
       labels: for a family of classes, what they are called.
     """
-    rng = random.Random(f"{seed} {name}")
-    family = {**FAMILIES, **HELD_OUT_FAMILIES}[name]
-    task = (family.labelled(labels) if labels else family)(rng)
+    task, rng = _fixed(name, seed, labels)
     found = []
     for groups, answer in problems(task, rng, count):
         record = {"prompt": form.prompt(groups, task.instruction), "completion": form.completion(answer)}
         options = {"options": [form.completion(option) for option in task.options]} if task.options else {}
         found.append(record | options)
     return found
+
+
+def chance(name: str, count: int, seed: int, labels: tuple[str, ...] = ()) -> float:
+    """Accuracy on the `records` of the best answer that ignores what is asked.
+
+    It names a class, or always the commonest answer, or as many of the listed words of the answer's kind (numbers, or
+    others) as the answer has, in any order.
+    """
+    task, rng = _fixed(name, seed, labels)
+    found = problems(task, rng, count)
+    if task.options:
+        return 1 / len(task.options)
+    drawn = 0.0
+    for groups, answer in found:
+        kinds, wanted = {word.isdigit() for word in answer}, set(answer)
+        alike = {word for word in groups[0] if word.isdigit() in kinds}
+        drawn += wanted <= alike and 1 / math.perm(len(alike), len(wanted))
+    commonest = max(collections.Counter(answer for _, answer in found).values())
+    return max(drawn, commonest) / len(found)
+
+
+def _fixed(name: str, seed: int, labels: tuple[str, ...]) -> tuple[Task, random.Random]:
+    rng = random.Random(f"{seed} {name}")
+    family = {**FAMILIES, **HELD_OUT_FAMILIES}[name]
+    return (family.labelled(labels) if labels else family)(rng), rng

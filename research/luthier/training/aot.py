@@ -277,7 +277,7 @@ def abstract_step(config: ConfigDict, stage: ConfigDict, shape: ModelConfig, sha
             nn.unbox(boxed),
             compared.model.sharder.tree(boxed),
         )
-    step = jit_step(make_stage_step(resolved, update), sharder.device().platform)
+    step = jit_step(make_stage_step(resolved, update), state, sharder.device().platform)
     return step, (state, frozen, batch), model_flops_per_token(resolved) * math.prod(rows)
 
 

@@ -114,7 +114,7 @@ def train(config: ConfigDict, workdir: epath.PathLike | None = None, *, profile:
                 if writer is None:
                     writer = open_files.enter_context(_writer(setup, first + start))
                 state = run_stage(
-                    _stage(setup, stage, frozen, update, batches, first),
+                    _stage(setup, stage, state, frozen, update, batches, first),
                     state,
                     beside,
                     start=start,
@@ -297,7 +297,9 @@ def _writer(setup: Setup, resume_step: int) -> MetricsWriter:
     return MetricsWriter(setup.workdir, tensorboard=chosen.tensorboard, wandb=chosen.wandb, resume_step=resume_step)
 
 
-def _stage(setup: Setup, stage: ResolvedStage, frozen, update: Update, batches: Batches, first: int) -> Stage:
+def _stage(
+    setup: Setup, stage: ResolvedStage, state: TrainState, frozen, update: Update, batches: Batches, first: int
+) -> Stage:
     config = stage.config
 
     def evaluate_now(state: TrainState, number: int) -> dict[str, float]:
@@ -309,7 +311,7 @@ def _stage(setup: Setup, stage: ResolvedStage, frozen, update: Update, batches: 
         name=config.name,
         steps=config.steps,
         first=first,
-        step=jit_step(make_stage_step(stage, update), setup.sharder.device().platform),
+        step=jit_step(make_stage_step(stage, update), state, setup.sharder.device().platform),
         batches=batches,
         sharding=setup.sharder.batch(),
         log_every=setup.config.logging.every,
