@@ -251,6 +251,7 @@ METHODS: tuple[Method, ...] = (
         id="S103",
         paper="Few-Shot PEFT is Better and Cheaper than In-Context Learning (arXiv 2205.05638)",
         oracle="tests/test_tuners.py",
+        config="configs/tuners.py",
     ),
     Method(
         "adapter",
@@ -260,6 +261,7 @@ METHODS: tuple[Method, ...] = (
         id="S118",
         paper="Towards a Unified View of Parameter-Efficient Transfer Learning (arXiv 2110.04366)",
         oracle="tests/test_tuners.py",
+        config="configs/tuners.py",
     ),
     Method(
         "prefix",
@@ -269,6 +271,7 @@ METHODS: tuple[Method, ...] = (
         id="S145",
         paper="Prefix-Tuning (arXiv 2101.00190); P-Tuning v2 (arXiv 2110.07602)",
         oracle="tests/test_tuners.py",
+        config="configs/tuners.py",
     ),
     Method(
         "lofit",
@@ -278,6 +281,7 @@ METHODS: tuple[Method, ...] = (
         id="S110",
         paper="LoFiT: Localized Fine-tuning on LLM Representations (arXiv 2406.01563)",
         oracle="tests/test_tuners.py",
+        config="configs/tuners.py",
     ),
     Method(
         "prompt_tuning",
@@ -305,6 +309,7 @@ METHODS: tuple[Method, ...] = (
         id="S106",
         paper="HFT: Half Fine-Tuning for Large Language Models (arXiv 2404.18466)",
         oracle="tests/test_masks.py",
+        config="configs/tuners.py",
     ),
     Method(
         "norms",
@@ -314,6 +319,7 @@ METHODS: tuple[Method, ...] = (
         id="S109",
         paper="LayerNorm: A key component in parameter-efficient fine-tuning",
         oracle="tests/test_masks.py",
+        config="configs/tuners.py",
     ),
     *(
         Method(name, "optimizer", f"luthier.optim.optimizers:{name}", summary)
