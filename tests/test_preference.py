@@ -11,7 +11,7 @@ import pytest
 
 from luthier.errors import LuthierError
 from luthier.objectives import reward
-from luthier.objectives.preference import Pairs, Ranked, Unpaired, combine, tail_weights, wpo
+from luthier.objectives.preference import Pairs, Ranked, Unpaired, combine, length_desensitised, tail_weights, wpo
 from luthier.objectives.preference import pairs as of_pairs
 from luthier.objectives.preference import ranked as of_ranked
 from luthier.objectives.preference import reference_free as free
@@ -41,8 +41,7 @@ PAIRS = {
     "apo_zero": of_pairs.apo_zero(),
     "apo_down": of_pairs.apo_down(),
     "wpo": wpo(loss=of_pairs.dpo()),
-    **{f"{a}/{b}": DIVERGING[a](beta=0.1, **DIVERGENCES[b]) for a in ("dpo", "ipo") for b in DIVERGENCES},
-    **{f"{a}/forward_kl": make(beta=0.1, divergence="forward_kl") for a, make in DIVERGING.items()},
+    **{f"{a}/{b}": make(beta=0.1, **options) for a, make in DIVERGING.items() for b, options in DIVERGENCES.items()},
 }
 COUPLED = {
     "aot": of_pairs.aot(),
@@ -171,14 +170,20 @@ def test_length_desensitised_equals_trl(golden):
 
 @pytest.mark.parametrize("name", OF_MEANS)
 def test_reference_free_equal_trl(golden, name):
+    """Of sums over unequal numbers of tokens; powers of two, so that the means are TRL's to the bit."""
     chosen, rejected = (jnp.asarray(golden[f"means/{side}"]) for side in ("chosen", "rejected"))
-    tokens = jnp.full(len(chosen), 1 if name.startswith("cpo") else 4)
+    place = jnp.arange(len(chosen))
+    tokens = jnp.stack([place * 0 + 1] * 2 if name.startswith("cpo") else [2 ** (place % 4), 2 ** (4 - place % 3)])
     inputs = Pairs(
-        chosen * tokens, rejected * tokens, chosen_tokens=tokens, rejected_tokens=tokens, chosen_nll=chosen * 0
+        *(chosen * tokens[0], rejected * tokens[1]),
+        chosen_tokens=tokens[0],
+        rejected_tokens=tokens[1],
+        chosen_nll=chosen * 0,
     )
     values, metrics, gradient = evaluate(OF_MEANS[name], inputs)
     assert_equal_where_finite(values, golden[f"{name}/loss"])
     assert_equal_where_finite(gradient * np.asarray(tokens), golden[f"{name}/gradient"])
+    np.testing.assert_array_equal(metrics["logps/rejected"][0], rejected)
     if name == "cpo/smoothed":  # conservative DPO is the same function of log-ratios; TRL's DPO leaves smoothing out
         values, _, gradient = evaluate(of_pairs.dpo(**SMOOTHED), Pairs(chosen, rejected, chosen * 0, rejected * 0))
         np.testing.assert_allclose(values, golden[f"{name}/loss"], rtol=1e-5)
@@ -217,6 +222,10 @@ def test_unpaired_equal_trl(golden, name):
         assert mean(metric) == pytest.approx(golden[f"{name}/metrics/{key}"], rel=1e-5, abs=1e-6), key
     margin = mean(metrics["rewards/chosen"]) - mean(metrics["rewards/rejected"])
     assert margin == pytest.approx(golden[f"{name}/metrics/rewards/margins"], rel=1e-5)
+    assert ("rewards/margins" in metrics) == loss.coupled
+    alike = inputs._replace(valid=inputs.desirable)
+    if loss.coupled:  # TRL logs none without the others
+        assert not call(loss, alike)[1]["rewards/margins"][1].any()
 
 
 @pytest.mark.parametrize(
@@ -388,6 +397,18 @@ def test_limits_where_trl_overflows(golden, pairs):
     np.testing.assert_allclose(value, 600, rtol=1e-6)
 
 
+@pytest.mark.parametrize("name, largest", [("dpo", 80.0), ("ipo", 40.0)])
+def test_exponents_are_cut(name, largest):
+    """Up to there the forward KL's own; beyond it the value stays and the gradient is 0. TRL's goes on to 88.7."""
+    c, zero = -jnp.asarray([largest - 1, largest + 1, 88.0]), jnp.zeros(3)
+    tokens = jnp.ones(3)
+    inputs = Pairs(c, zero, zero, zero, chosen_tokens=tokens, rejected_tokens=tokens)
+    values, _, gradient = evaluate(DIVERGING[name](beta=0.1, divergence="forward_kl"), inputs)
+    own = np.exp([largest - 1, largest, largest])
+    np.testing.assert_allclose(values, own**2 if name == "ipo" else 0.1 * own, rtol=1e-4)
+    assert gradient[0][0] < 0 and not gradient[0][1:].any()
+
+
 MICRO_BATCHED = {
     **{name: loss for name, loss in PAIRS.items() if "/" not in name},
     **COUPLED,
@@ -405,12 +426,71 @@ def test_parts_make_the_whole_unless_coupled(pairs, name):
     assert loss.coupled != np.allclose(whole, halves[0] + halves[1], rtol=1e-6)
 
 
-def test_bfloat16_is_float32_of_rounded_inputs(pairs):
-    rounded = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, coarse(pairs))
-    for loss in (of_pairs.dpo(), of_pairs.aot(), free.orpo()):
-        values, expected = (call(loss, inputs)[0] for inputs in (coarse(pairs), rounded))
-        assert values.dtype == jnp.float32 and np.isfinite(values).all()
-        np.testing.assert_array_equal(values, expected)
+def labelled(seed=2, examples=8):
+    x = answers(seed, examples, 2)
+    label = jnp.arange(examples) % 3 == 0
+    kl = x.reference[:, 1] + jnp.arange(examples), x.reference[:, 1]  # the estimate of the KL is positive
+    return Unpaired(x.logprob[:, 0], x.reference[:, 0], label, None, *kl, shift=jnp.float32(0.3))
+
+
+def rewarded(kind):
+    x = answers(5, 8)
+    sides = x.logprob[:, 0] + 20, x.logprob[:, 1] + 20
+    return {
+        "pairs": reward.RewardPairs(*sides, jnp.abs(x.scores[:, 0]), x.tokens[:, 0] * 0.3),
+        "labels": reward.RewardLabels(sides[0], x.scores[:, 0] > 0),
+        "rankings": reward.RewardRankings(x.logprob + 20, x.scores),
+    }[kind]
+
+
+# Losses of other data than pairs, and what they read.
+OTHERS = {
+    "kto": (of_unpaired.kto(), labelled),
+    "apo_zero_unpaired": (of_unpaired.apo_zero_unpaired(), labelled),
+    "bco_unpaired": (of_unpaired.bco_unpaired(), labelled),
+    "infonca": (of_ranked.infonca(temperature=2.0), lambda: answers(6, 8)),
+    "nca_rewards": (of_ranked.nca_rewards(temperature=2.0), lambda: answers(6, 8)),
+    "multi_negative_dpo": (of_ranked.multi_negative_dpo(), lambda: answers(6, 8)),
+    "plackett_luce_dpo": (of_ranked.plackett_luce_dpo(), lambda: answers(6, 8)),
+    "clha": (of_ranked.clha(), lambda: answers(6, 8)),
+    "bradley_terry": (reward.bradley_terry(margin=True, centring=0.01), lambda: rewarded("pairs")),
+    "preference_pretraining": (reward.preference_pretraining(), lambda: rewarded("pairs")),
+    "binary_discrimination": (reward.binary_discrimination(), lambda: rewarded("labels")),
+    "ranking": (reward.ranking(), lambda: rewarded("rankings")),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_parts_of_other_data_make_the_whole_unless_coupled(name):
+    """Of the losses, and of the sums and counts of every metric."""
+    loss, make = OTHERS[name]
+    inputs, first = make(), jnp.arange(8) < 3
+    run = jax.jit(lambda valid: loss(inputs._replace(valid=valid)))
+    (whole, metrics), *parts = (run(valid) for valid in (first | True, first, ~first))
+    assert loss.coupled != np.allclose(whole, parts[0][0] + parts[1][0], rtol=1e-6)
+    total = lambda metric: (np.sum(np.where(metric[1], metric[0], 0)), np.sum(metric[1]))  # noqa: E731
+    for key in metrics if not loss.coupled else ():
+        added = np.add(*(total(part[1][key]) for part in parts))
+        np.testing.assert_allclose(added, total(metrics[key]), rtol=1e-5, err_msg=key)
+
+
+EVERY = {**PAIRS, **COUPLED, **OF_MEANS, "cpo with nll": free.cpo(), "bco shifted": of_pairs.bco(shifted=True)}
+
+
+@pytest.mark.parametrize("name", [*EVERY, *OTHERS])
+def test_bfloat16_is_float32_of_rounded_inputs(pairs, name):
+    """Values and gradients, and finite; of pairs the extreme ones too."""
+    loss, inputs = (EVERY[name], pairs) if name in EVERY else (OTHERS[name][0], OTHERS[name][1]())
+    inputs = coarse(inputs)
+    rounded = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, inputs)
+    wrt = ("chosen", "rejected") if hasattr(inputs, "chosen") else inputs._fields[:1]
+    values, _, gradient = evaluate(loss, inputs, wrt, jit=name in OTHERS)
+    expected, _, exact = evaluate(loss, rounded, wrt, jit=name in OTHERS)
+    assert values.dtype == np.float32 and gradient.dtype == jnp.bfloat16
+    gradient = gradient.astype(np.float32)
+    assert np.isfinite(values).all() and np.isfinite(gradient).all()
+    np.testing.assert_allclose(values, expected, rtol=1e-6)
+    np.testing.assert_allclose(gradient, exact, rtol=0.01, atol=1e-30)
 
 
 def test_combine(pairs):
@@ -437,12 +517,49 @@ def test_combine(pairs):
         (of_pairs.nca, {"beta": 0.0}, "beta"),
         (of_pairs.spin, {"link": "ipo"}, "link"),
         (free.alphapo, {"alpha": 0.0}, "alpha"),
+        (free.cpo, {"nll_weight": -1.0}, "nll_weight"),
         (of_ranked.infonca, {"temperature": 0.0}, "temperature"),
+        (of_ranked.clha, {"sft_weight": -0.1}, "sft_weight"),
+        (of_unpaired.kto, {"desirable_weight": -1.0}, "desirable_weight"),
+        (of_unpaired.apo_zero_unpaired, {"undesirable_weight": -1.0}, "undesirable_weight"),
+        (reward.bradley_terry, {"centring": -0.01}, "centring"),
+        (reward.preference_pretraining, {"nll_weight": -1.0}, "nll_weight"),
+        (combine, {"losses": (of_pairs.dpo(), free.chosen_sft()), "weights": (1.0, -0.1)}, "weights"),
+        (combine, {"losses": (of_pairs.dpo(), free.chosen_sft()), "weights": (0.0, 0.0)}, "weights"),
+        (combine, {"losses": (of_pairs.dpo(),), "weights": (1.0, 0.1)}, "weights"),
+        (combine, {"losses": (), "weights": ()}, "weights"),
+        (length_desensitised, {"loss": of_pairs.dpo(), "alpha": 1.5}, "alpha"),
+        (length_desensitised, {"loss": free.chosen_sft(), "alpha": 0.5}, "loss: the loss reads no sums"),
+        (
+            length_desensitised,
+            {"loss": combine(losses=(free.chosen_sft(),), weights=(1.0,)), "alpha": 0.5},
+            "loss: the loss reads no sums",
+        ),
+        (
+            length_desensitised,
+            {"loss": length_desensitised(loss=of_pairs.dpo(), alpha=0.3), "alpha": 0.5},
+            "loss: the loss is desensitised to length already",
+        ),
     ],
 )
 def test_options_that_do_not_act_are_errors(make, options, where):
-    with pytest.raises(LuthierError, match=f"objective.{where}"):
+    with pytest.raises(LuthierError, match=f"^objective.{where}"):
         make(**options)
+
+
+def test_the_ends_of_a_sweep_are_the_loss_beside_them(pairs):
+    """Values that a sweep passes through, where another name gives the same: exact, and no errors."""
+    ordinary = rows(pairs, slice(ORDINARY))
+    plain = call(of_pairs.dpo(), ordinary)[0]
+    for same in (
+        of_pairs.robust(label_smoothing=0.0),
+        of_pairs.dpo(divergence="alpha", alpha=1.0),
+        length_desensitised(loss=of_pairs.dpo(), alpha=1.0),
+        combine(losses=(of_pairs.dpo(), free.chosen_sft()), weights=(1.0, 0.0)),
+    ):
+        np.testing.assert_allclose(call(same, ordinary)[0], plain, rtol=1e-6)
+    backward, forward = (of_pairs.dpo(divergence=name, alpha=a) for name, a in (("alpha", 0.0), ("forward_kl", None)))
+    np.testing.assert_allclose(call(backward, ordinary)[0], call(forward, ordinary)[0], rtol=1e-6)
 
 
 def test_losses_say_what_is_missing(pairs):
@@ -450,5 +567,7 @@ def test_losses_say_what_is_missing(pairs):
         of_pairs.dpo()(Pairs(pairs.chosen, pairs.rejected))
     with pytest.raises(ValueError, match="reads Unpaired, got Pairs"):
         call(of_unpaired.kto(), pairs)
+    with pytest.raises(ValueError, match="make the sums with `tail_weights`"):
+        call(length_desensitised(loss=of_pairs.dpo(), alpha=0.5), pairs)
     with pytest.raises(LuthierError, match="different kinds"):
         combine(losses=(of_pairs.dpo(), of_unpaired.kto()), weights=(1.0, 1.0))

@@ -342,6 +342,56 @@ def test_of_several_turns_only_what_the_model_wrote_after_the_prompt_is_trained(
         assert [tokenizer.decode(run).strip() for run in runs] == [word + END for word in expected]
 
 
+@pytest.mark.parametrize("role", ["user", "tool"])
+def test_several_turns_of_which_not_all_are_the_models_are_no_completion(tmp_path, role):
+    record = {**SEVERAL, "rejected": [A("green"), {"role": role, "content": "5"}, A("wide")], "chosen": [A("blue")]}
+    with pytest.raises(LuthierError, match=rf"a\.jsonl:1: after its prompt the answer has a {role} message\. Set data"):
+        of(tmp_path, record)
+    made = of(tmp_path, {**record, "rejected": [A("green"), A("wide")]})
+    assert answers_of(made.rows(0, 0, 1), 2)[0][1][1].count(END) == 2
+
+
+CALLED = {"role": "tool", "content": "5"}
+SPOKEN = [
+    {"messages": [U("Hi"), A("Hello."), U("Sky?"), CALLED, A("blue")], "kto_tag": True},
+    {"messages": [A("Good day."), U("Sea?"), A("wet"), U("Sure?"), A("Yes.")], "kto_tag": False},
+]
+
+
+def test_of_a_labelled_conversation_the_last_turn_or_every_turn_of_the_models_is_trained(tmp_path):
+    """With `assistant` from the first that answers something on; the mismatched answer is cut at the same place."""
+
+    def trained(**options):
+        made = of(tmp_path, *SPOKEN, mismatched=True, batch_size=1, sequence_length=256, **options)
+        tokenizer, found = chat_cases.tokenizer("smollm2"), {}
+        for step in range(made.rows_per_epoch):
+            rows = {name: values[0] for name, values in made.rows(step).items()}
+            for segment in range(1, rows["segment_ids"].max() + 1):
+                mine = rows["segment_ids"] == segment
+                learnt = np.flatnonzero(mine & (rows["loss_weights"] > 0))
+                runs = np.split(rows["targets"][learnt], np.flatnonzero(np.diff(learnt) > 1) + 1)
+                said = [tokenizer.decode(run).removesuffix(END).strip() for run in runs]
+                found[rows["scores"][mine].max(), (segment - 1) % 2] = said, tokenizer.decode(rows["tokens"][mine])
+        return found
+
+    last = trained()
+    assert {key: said for key, (said, _) in last.items()} == {
+        (1, 0): ["blue"],
+        (1, 1): ["Yes."],
+        (0, 0): ["Yes."],
+        (0, 1): ["blue"],
+    }
+    assert all(word in last[1, 1][1] for word in ("Hi", "Hello.", "Sky?", "Yes.")) and "Sea?" not in last[1, 1][1]
+    every = trained(train_on="assistant")
+    assert {key: said for key, (said, _) in every.items()} == {
+        (1, 0): ["Hello.", "blue"],
+        (1, 1): ["wet", "Yes."],
+        (0, 0): ["wet", "Yes."],
+        (0, 1): ["Hello.", "blue"],
+    }
+    assert "Hi" in every[1, 1][1] and "Sea?" not in every[1, 1][1] and "Good day." in every[0, 1][1]
+
+
 def test_with_one_turn_assistant_is_completion(tmp_path):
     record, one = {"chosen": [U("Hi"), A("Hello."), U("Sky?"), A("blue")]}, {"train_on": "assistant"}
     record["rejected"] = [*record["chosen"][:-1], A("green")]
@@ -407,6 +457,29 @@ def test_equal_answers_are_skipped_and_counted(tmp_path, caplog):
     same = {"chosen": "The sky", "rejected": "The sky"}
     with pytest.raises(LuthierError, match=r"a\.jsonl: chosen equals rejected in every record"):
         of(tmp_path, same, same)
+
+
+def test_an_answer_equal_to_one_of_several_rejected_is_skipped(tmp_path):
+    records = [{"prompt": "The sky is", "chosen": " blue.", "rejected": [f" {n}.", " wide."]} for n in range(3)]
+    records[1]["rejected"][1] = " blue."
+    made = of(tmp_path, *records, answers=3, most=3)
+    assert (made.counts["identical"], made.counts["examples"], made.counts["dropped"]) == (1, 2, 0)
+    ranked = [{**K3, "completions": [" a", " a", " b"], "scores": [2, 1, 0]}] * 2
+    assert of(tmp_path, *ranked, answers=3, most=3).counts["identical"] == 0  # ranked, and the third differs
+
+
+def test_answers_that_truncation_makes_equal_are_skipped(tmp_path):
+    records, long = pairs(5), " the sky" * 60
+    records[2] |= {"chosen": f" blue{long} and", "rejected": f" blue{long} so"}
+    made = of(tmp_path, *records, truncation="keep_start", sequence_length=96)
+    assert (made.counts["identical"], made.counts["examples"], made.counts["dropped"]) == (1, 4, 0)
+    assert made.counts["truncated"] == 0
+    made = of(tmp_path, *records, truncation="keep_end", sequence_length=96)
+    assert (made.counts["identical"], made.counts["examples"], made.counts["truncated"]) == (0, 5, 1)
+    with pytest.raises(
+        LuthierError, match=r"a\.jsonl: truncation='keep_start' leaves no difference between answers at"
+    ):
+        of(tmp_path, records[2], truncation="keep_start", sequence_length=96)
 
 
 def logprob_of(tokens, position):
@@ -507,6 +580,11 @@ BAD = [
         {"prompt": "a", "chosen": [U("a"), A("b")], "rejected": [A("b")]},
         {},
         r"a\.jsonl:2: one answer repeats the prompt and the other does not",
+    ),
+    (
+        {"prompt": "c", "chosen": [U("a"), A("b")], "rejected": [U("a"), A("c")]},
+        {},
+        r"a\.jsonl:2: 'prompt' is no user turn of those that the answers begin with\. Mend it, or leave it out",
     ),
     ({"chosen": "a b", "rejected": [U("a"), A("b")]}, {}, r"a\.jsonl:2: one answer is text and the other messages"),
     (

@@ -3,6 +3,7 @@
 import json
 import pathlib
 import shutil
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +11,17 @@ import numpy as np
 import pytest
 import tiny_policy
 import tiny_run
+from etils import epath
 from luthier.configs import preference
 
 import luthier
 from luthier import config as c
+from luthier.config import resolve
 from luthier.data.batches import build
 from luthier.errors import LuthierError
 from luthier.models import Transformer
-from luthier.training import aot, reference_cache
+from luthier.objectives.preference import Ranked, objective, ranked
+from luthier.training import aot, reference_cache, run
 from luthier.training.run import config_sharder, dry_run
 from luthier.training.stages import resolve_stages
 
@@ -42,8 +46,8 @@ def folder(tmp_path_factory):
 def recipe(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "cache"))
 
-    def made(data="pairs", objective=None, *, steps=3, **options):
-        section = c.data(f"{folder}/{data}.jsonl")
+    def made(data="pairs", objective=None, *, steps=3, answers=2, **options):
+        section = c.data(f"{folder}/{data}.jsonl", answers=answers)
         options = {"steps": steps, "batch_size": 2, "sequence_length": 64, **options}
         stage = c.stage(data=section, objective=objective or c.spec("dpo"), clip_norm=0.0, **options)
         return c.recipe(
@@ -98,6 +102,14 @@ def test_a_stopped_run_with_a_reference_that_follows_goes_on_to_the_same_bits(re
     "options, says",
     [
         ({"objective": c.spec("aot"), "micro_batches": 2}, "stage sft: micro_batches: 'aot' of an example depends on"),
+        ({"objective": c.spec("kto"), "micro_batches": 2}, "stage sft: micro_batches: 'kto' of an example depends on"),
+        (
+            {"objective": c.spec("clha"), "micro_batches": 2},
+            "stage sft: micro_batches: 'clha' of an example",
+        ),
+        ({"sync_every": 64}, "stage sft: sync_every: no reference follows the policy. Set sync_reference too"),
+        ({"answers": 4}, "stage sft: data.answers: 'dpo' does not read answers=4. Leave it out"),
+        ({"objective": c.spec("ranking"), "answers": 4}, "stage sft: objective: the loss is of rewards"),
         ({"objective": c.spec("bco", shifted=True)}, "stage sft: objective: no recipe keeps the running mean"),
         ({"objective": c.spec("orpo"), "cache_reference": True}, "stage sft: cache_reference: 'orpo' compares with no"),
         ({"objective": c.spec("orpo"), "reference": "other"}, "stage sft: reference: 'orpo' compares with no"),
@@ -120,6 +132,74 @@ def test_what_a_recipe_cannot_give_is_said_before_the_first_step(options, says, 
     with pytest.raises(LuthierError) as error:
         luthier.train(recipe(**options))
     assert says in str(error.value)
+
+
+@pytest.mark.parametrize("what", ["reference", "teacher"])
+def test_a_second_model_with_other_tokens_is_refused(recipe, folder, tmp_path, what):
+    """Named as what it is; one with the same tokens is not."""
+    shutil.copytree(folder / "model", tmp_path / "other")
+    file = tmp_path / "other" / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["A"], vocabulary["B"] = vocabulary["B"], vocabulary["A"]
+    file.write_text(json.dumps(tokenizer))
+
+    def made(source):
+        if what == "reference":
+            return recipe(reference=str(source), steps=1)
+        return recipe("data", c.spec("distillation", teacher=str(source)), steps=1)
+
+    run.prepare(made(folder / "model"), epath.Path(tmp_path / "run"))
+    with pytest.raises(LuthierError) as error:
+        run.prepare(made(tmp_path / "other"), epath.Path(tmp_path / "run"))
+    assert f"stage sft: {what} {tmp_path / 'other'}: its token '" in str(error.value)
+    assert str(error.value).endswith(f"Take a {what} with the same tokenizer.")
+
+
+def test_a_cached_reference_is_named_by_how_it_came_about(recipe, folder, tmp_path):
+    """At a second stage: by the model's section, and by the weights that the first stage compared with, while there."""
+    other, data = tmp_path / "other", [types.SimpleNamespace(fingerprint="data")] * 2
+    shutil.copytree(folder / "model", other)
+
+    def identity(**model):
+        made = recipe(reference=str(other), name="first")
+        with made.unlocked():
+            made.stages = (*made.stages, recipe(name="second", cache_reference=True).stages[0])
+            made.model.update(model)
+        shape = tiny_policy.config(num_hidden_layers=1)
+        stages = resolve_stages(made, Transformer(shape, sharder=config_sharder(made, shape)))
+        about = types.SimpleNamespace(fingerprint="model")
+        return run._reference_identity(
+            types.SimpleNamespace(config=made, about=about, workdir="run", stages=stages, batches=data), 1
+        )
+
+    first = identity()
+    assert identity() == first != identity(dropout=0.1)
+    (other / "config.json").write_text((other / "config.json").read_text() + "\n")
+    assert identity() not in (first, shutil.rmtree(other) or identity())
+
+
+def test_every_term_of_the_shipped_clha_acts_in_every_batch():
+    """Of answers that are all as likely: pairs are apart by the margin, and first answers have positive scores."""
+    stage = c.load(f"{ROOT / 'configs' / 'preference.py'}:clha").stages[1]
+    options = {"sequence_length": stage.sequence_length, "batch_size": stage.batch_size, "seed": 0, "answers": 4}
+    batches = build(stage.data, tokenizer=tiny_policy.tokenizer(), **options)
+    whole = resolve(stage.objective, "objective")()
+    contrast = ranked.clha(sft_weight=0.0)
+
+    @jax.jit
+    def terms(rows):
+        tokens = objective.targets_of(rows, 4)
+        scores = objective.by_answer(rows["scores"] * (rows["loss_weights"] > 0), rows["segment_ids"], answers=4)
+        scores, present = scores / jnp.maximum(tokens, 1), tokens > 0
+        inputs = Ranked(-1.0 * tokens, None, scores, tokens, present, jnp.all(present, axis=1))
+        apart = jnp.sum(contrast(inputs)[0])
+        return apart, jnp.sum(whole(inputs)[0]) - apart
+
+    for step in range(stage.steps):
+        rows = batches.rows(step)
+        apart, imitated = terms({name: rows[name] for name in ("scores", "loss_weights", "segment_ids")})
+        assert apart > 0 and imitated > 0, step
 
 
 @pytest.mark.parametrize("name", preference.OBJECTIVES)

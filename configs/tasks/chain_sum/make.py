@@ -1,8 +1,8 @@
 """Writes train.jsonl and test.jsonl: sums of two signed two-digit integers, as text records.
 
 And of the first problems of train.jsonl pairs.jsonl (a right and a wrong answer), labels.jsonl (one answer and whether
-it is right) and ranked.jsonl (four answers, the nearer the better), with the mistakes that adding goes wrong by;
-pairs_test.jsonl has pairs of test.jsonl's problems.
+it is right) and ranked.jsonl (four answers, the nearer the better; the right one has score 1), with the mistakes that
+adding goes wrong by; pairs_test.jsonl has pairs of test.jsonl's problems.
 
 A problem is `a + b` or `a - b` with a of either sign and b positive. In four of five both terms
 carry the same sign: opposite signs ask for a subtraction, which takes a small model many more steps
@@ -60,7 +60,7 @@ def compared(problem: tuple[int, str, int], draw: random.Random) -> tuple[dict, 
         {
             "prompt": prompt,
             "completions": [text(answer) for answer in answers],
-            "scores": [-abs(answer - int(right)) / 10 for answer in answers],
+            "scores": [(10 - abs(answer - int(right))) / 10 for answer in answers],  # some losses read their sign
         },
     )
 

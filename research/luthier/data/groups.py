@@ -44,11 +44,15 @@ class Group:
       answers: of a pair the preferred one first; of more, by falling score.
       scores: one an answer, higher is better; of labelled answers 1 (desirable) or 0. None where there are none.
       is_compared: whether its answers, or those of its record, are compared, and so must differ.
+      is_contrast: whether the first is preferred to each of the others, and so must differ from each.
+      is_mismatched: whether the second answer is another record's, still with that one's prompt.
     """
 
     answers: tuple[Example, ...]
     scores: tuple[float, ...] | None = None
     is_compared: bool = True
+    is_contrast: bool = False
+    is_mismatched: bool = False
 
 
 def told(form: Format, record: Mapping, where: str, *, answers: int, mismatched: bool) -> Format:
@@ -113,18 +117,25 @@ def labelled(group: Group) -> tuple[Group, ...]:
 
 
 def with_mismatched(group: Group, before: Group, where: str) -> Group:
-    """A labelled answer, and after it the answer of another record to the same prompt (KTO's estimate of the KL)."""
+    """A labelled answer, and another record's, which `tokenized` puts to the same prompt (KTO's estimate of the KL)."""
     (own,), (other,) = group.answers, before.answers
     if type(own) is not type(other):
         raise LuthierError(
             "this record and the one before it are not both text or both messages", where=where, mend="Convert one"
         )
+    return Group((own, other), group.scores * 2, group.is_compared, is_mismatched=True)
+
+
+def _examples(group: Group, train_on: str) -> tuple[Example, ...]:
+    """The answers of a group; a mismatched one, as far as it is trained on, after its own prompt."""
+    if not group.is_mismatched:
+        return group.answers
+    own, other = group.answers
     if isinstance(own, Text):
-        mixed = Text((*own.segments[:1], *other.segments[1:]))
-    else:
-        messages = (*own.messages[: own.prompt_turns], *other.messages[other.prompt_turns :])
-        mixed = dataclasses.replace(own, messages=messages)
-    return Group((own, mixed), group.scores * 2, group.is_compared)
+        return own, Text((*own.segments[:1], *other.segments[1:]))
+    begins = lambda answer: answer.trained_from if train_on == "assistant" else answer.prompt_turns  # noqa: E731
+    messages = (*own.messages[: begins(own)], *other.messages[begins(other) :])
+    return own, dataclasses.replace(own, messages=messages)
 
 
 def tokenized(
@@ -136,7 +147,7 @@ def tokenized(
     train_on: str,
 ) -> list[tokenize.Tokens]:
     """The answers of all groups of some records, one after the other, as `tokenize.tokenize` makes them."""
-    answers = [answer for groups in records for group in groups for answer in group.answers]
+    answers = [answer for groups in records for group in groups for answer in _examples(group, train_on)]
     places = [place for place, groups in zip(where, records) for group in groups for _ in group.answers]
     if train_on == "completion":
         for answer, place in zip(answers, places):
@@ -146,7 +157,8 @@ def tokenized(
     for groups in records:
         mine = [list(itertools.islice(made, len(group.answers))) for group in groups]
         rivals = mine[0] if len(groups) == 1 else [tokens[0] for tokens in mine]
-        is_same = groups[0].is_compared and all(np.array_equal(rivals[0].ids, other.ids) for other in rivals)
+        same = [np.array_equal(rivals[0].ids, other.ids) for other in rivals[1:]]
+        is_same = groups[0].is_compared and (any if groups[0].is_contrast else all)(same)
         for group, answers in zip(groups, mine):
             scores = group.scores or (math.nan,) * len(answers)
             for slot, (tokens, score) in enumerate(zip(answers, scores)):
@@ -156,9 +168,14 @@ def tokenized(
 
 
 def _check_turns(answer: Example, where: str) -> None:
-    if isinstance(answer, Chat) and answer.messages[answer.prompt_turns]["role"] != _ASSISTANT:
+    """Raises a LuthierError for an answer of which not every turn is the model's."""
+    if not isinstance(answer, Chat):
+        return
+    roles = [message["role"] for message in answer.messages[answer.prompt_turns :]]
+    if other := next((role for role in roles if role != _ASSISTANT), None):
+        what = "the answers part at" if roles[0] == other else "after its prompt the answer has"
         raise LuthierError(
-            f"the answers part at a {answer.messages[answer.prompt_turns]['role']} message",
+            f"{what} a {other} message",
             where=where,
             mend="Set data.train_on='assistant', which trains only on what the model wrote, or mend the prompt",
         )
@@ -180,7 +197,7 @@ def _pair(form: Format, fields: Mapping, where: str) -> Group:
     words = [_words(form, side, label, where) for side, label in zip(sides, labels)]
     prompt = _prompt(form, fields, where)
     prompt, words = _parted(prompt, words, where)
-    return Group(_answers(prompt, words, labels, fields, where), scores)
+    return Group(_answers(prompt, words, labels, fields, where), scores, is_contrast=True)
 
 
 def _scores_of_pair(fields: Mapping, where: str) -> tuple[float, float] | None:
@@ -230,7 +247,7 @@ def _unpaired(form: Format, fields: Mapping, where: str) -> Group:
             mend="Write true for a desirable completion and false for an undesirable one",
         )
     name = next((key for key in ("completion", "output") if key in fields), None)
-    prompt = _prompt(form, fields, where)
+    prompt, first = _prompt(form, fields, where), None
     if name:
         words = _words(form, fields[name], name, where)
     else:
@@ -238,10 +255,19 @@ def _unpaired(form: Format, fields: Mapping, where: str) -> Group:
         if name is None:
             raise LuthierError("no field 'completion' in an unpaired_preference record", where=where)
         messages = prompt if name == "conversations" else form.messages(fields[name], where, name)
-        prompt, words = messages[:-1], messages[-1:]
+        prompt, words, first = messages[:-1], messages[-1:], _first_answer(messages)
     if prompt is None:
         raise LuthierError("the record has no prompt", where=where, mend="Map one with data.columns={'prompt': …}")
-    return Group(_answers(prompt, [words], [name], fields, where), (float(label),), is_compared=False)
+    (answer,) = _answers(prompt, [words], [name], fields, where)
+    answer = answer if first is None else dataclasses.replace(answer, trained_from=first)
+    return Group((answer,), (float(label),), is_compared=False)
+
+
+def _first_answer(messages: tuple[dict, ...]) -> int:
+    """The first turn of the model's that answers something; the last turn where there is none."""
+    asked = next((i for i, message in enumerate(messages) if message["role"] not in (*_SYSTEM, _ASSISTANT)), 0)
+    turns = (i for i, message in enumerate(messages) if i > asked and message["role"] == _ASSISTANT)
+    return next(turns, len(messages) - 1)
 
 
 READERS: Mapping[str, Callable[[Format, Mapping, str], Group]] = {
@@ -291,7 +317,16 @@ def _parted(prompt: Words | None, words: list[Words], where: str) -> tuple[Words
         raise LuthierError(
             "one answer repeats the prompt and the other does not", where=where, mend="Write the prompt once"
         )
-    return _extracted(words, where) if isinstance(prompt, str) else (prompt, [one[len(prompt) :] for one in words])
+    if not isinstance(prompt, str):
+        return prompt, [one[len(prompt) :] for one in words]
+    shared, rest = _extracted(words, where)
+    if all(_text_of(message).strip() != prompt.strip() for message in shared if message["role"] == _USER):
+        raise LuthierError(
+            "'prompt' is no user turn of those that the answers begin with",
+            where=where,
+            mend="Mend it, or leave it out with data.columns={'chosen': 'chosen', 'rejected': 'rejected'}",
+        )
+    return shared, rest
 
 
 def _extracted(words: list[Words], where: str) -> tuple[Words, list[Words]]:
@@ -328,6 +363,11 @@ def _answers(
         except LuthierError as error:
             raise LuthierError(f"{label}: {error.what}", where=where, mend=error.mend) from None
     return tuple(made)
+
+
+def _text_of(message: Mapping) -> str:
+    content = message["content"]
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
 
 def _begins(messages: tuple[dict, ...], prompt: tuple[dict, ...]) -> bool:

@@ -115,6 +115,18 @@ def kept(
         lengths[long] = each
         targets[long] = _targets(tokens, starts[long], each)
         keep &= np.minimum.reduceat(targets, firsts) > 0
+        if answers and not reads_labels:
+            cut = np.flatnonzero(keep & is_over)
+            same = [_is_same(tokens, starts, lengths, firsts[i], sizes[i], form == "preference") for i in cut]
+            keep[cut[np.array(same, bool)]] = False
+            identical += sum(same)
+            if any(same) and not keep.any():
+                raise LuthierError(
+                    f"truncation={section.truncation!r} leaves no difference between answers at sequence length "
+                    f"{sequence_length}",
+                    where=section.source,
+                    mend="Raise stage.sequence_length",
+                )
     if not keep.any():
         what = "group of which every answer has" if answers else "example with"
         raise LuthierError(
@@ -176,6 +188,13 @@ def _targets(tokens: cache.TokenCache, starts: np.ndarray, length: int) -> np.nd
         weights = tokens.read("weights", some + 1, np.full(len(some), length - 1))
         found.append(np.count_nonzero(weights.reshape(len(some), length - 1), axis=1))
     return np.concatenate(found)
+
+
+def _is_same(tokens: cache.TokenCache, starts, lengths, first: int, size: int, is_contrast: bool) -> bool:
+    """Whether the stretches of a group's answers are one, or in a contrast the first is that of another."""
+    mine = slice(first, first + size)
+    ids = np.split(tokens.read("ids", starts[mine], lengths[mine]), np.cumsum(lengths[mine])[:-1])
+    return (any if is_contrast else all)(np.array_equal(ids[0], other) for other in ids[1:])
 
 
 def _too_long(

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from luthier.objectives.preference.sequences import SequenceLoss
+from luthier.objectives.preference.sequences import SequenceLoss, require_weights
 
 
 class RewardPairs(NamedTuple):
@@ -68,6 +68,8 @@ def bradley_terry(*, margin: bool = False, centring: float = 0.0) -> SequenceLos
     Source: arXiv 2203.02155; TRL's `RewardTrainer`.
     """
 
+    require_weights(centring=centring)
+
     def fn(inputs):
         loss, metrics = _pair_loss(inputs, inputs.margin if margin else 0.0)
         return (loss + centring * (inputs.chosen + inputs.rejected) ** 2 if centring else loss), metrics
@@ -80,6 +82,8 @@ def preference_pretraining(*, nll_weight: float = 1.0) -> SequenceLoss:
 
     Source: S119, arXiv 2112.00861, section 4.
     """
+
+    require_weights(nll_weight=nll_weight)
 
     def fn(inputs):
         loss, metrics = _pair_loss(inputs)

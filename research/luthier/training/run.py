@@ -286,9 +286,10 @@ def _reference_identity(setup: Setup, index: int) -> list[str]:
     if stage.reference.about is not None:
         return [*identity, stage.reference.about.fingerprint]
     if index:  # as the stage begins: made by the stages before, of this run
-        earlier = [json.dumps(thaw(one), sort_keys=True) for one in config.stages[:index]]
+        earlier = [json.dumps(thaw(one), sort_keys=True) for one in (config.model, *config.stages[:index])]
         data = [made.fingerprint for made in setup.batches[:index]]
-        return [*identity, str(config.seed), str(setup.workdir), *earlier, *data]
+        compared = [one.reference_fingerprint for one in setup.stages[:index]]
+        return [*identity, str(config.seed), str(setup.workdir), *earlier, *data, *compared]
     return identity
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -9,13 +10,16 @@ import jax
 import optax
 from ml_collections import ConfigDict
 
+from luthier.config import data as data_section
 from luthier.config import resolve
+from luthier.config import stage as stage_section
 from luthier.data.tokenizer import Tokenizer
 from luthier.errors import LuthierError, near
 from luthier.models import Transformer
 from luthier.objectives import START, Objective, TokenLoss
 from luthier.objectives.build import Batching, Loss, batching, make_objective
-from luthier.objectives.preference import SequenceLoss
+from luthier.objectives.preference import Ranked, SequenceLoss
+from luthier.objectives.reward import RewardRankings
 from luthier.objectives.reward_objective import check_head
 from luthier.optim.masks import Mask, masked
 from luthier.training.reference import AVERAGE, Reference, collections_of, make_reference
@@ -24,6 +28,10 @@ from luthier.training.step import Average, Step, make_step
 from luthier.tuners import Bound, bind
 
 Variables = Mapping[str, Any]
+_DEFAULTS = {
+    name: inspect.signature(section).parameters[name].default
+    for section, name in ((stage_section, "sync_every"), (data_section, "answers"))
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +61,17 @@ class ResolvedStage:
             source = ""
         if self.config.sync_reference:
             return Reference(self.bound, AVERAGE)
-        return make_reference(source, self.bound, self.handed_on, self.recipe.mesh.rules)
+        what = "teacher" if isinstance(self.loss, TokenLoss) else "reference"
+        return make_reference(source, self.bound, self.handed_on, self.recipe.mesh.rules, what)
+
+    @property
+    def reference_fingerprint(self) -> str:
+        """Of the second model's own weights; "" where there are none, or a finished stage has lost them."""
+        try:
+            about = self.reference and self.reference.about
+        except LuthierError:
+            return ""
+        return about.fingerprint if about else ""
 
     @property
     def average(self) -> Average | None:
@@ -74,8 +92,7 @@ class ResolvedStage:
     @property
     def batching(self) -> Batching:
         """What the loss asks of the data."""
-        sections = self.config.data if isinstance(self.config.data, tuple) else (self.config.data,)
-        return batching(self.loss, max(section.answers for section in sections))
+        return batching(self.loss, max(section.answers for section in _sections(self.config)))
 
     def objective(self) -> Objective:
         """What a step minimises; a cached reference comes with the batch."""
@@ -156,6 +173,20 @@ def _check_loss(loss: Loss, config: ConfigDict) -> None:
             )
     if config.sync_reference:
         _check_sync(config)
+    elif config.sync_every != _DEFAULTS["sync_every"]:
+        raise LuthierError(
+            "no reference follows the policy",
+            where=f"stage {config.name}: sync_every",
+            mend="Set sync_reference too, or leave it out",
+        )
+    takes_any = isinstance(loss, SequenceLoss) and loss.inputs in (Ranked, RewardRankings)
+    for section in () if takes_any else _sections(config):
+        if section.answers != _DEFAULTS["answers"]:
+            raise LuthierError(
+                f"{config.objective.name!r} does not read answers={section.answers}",
+                where=f"stage {config.name}: data.answers",
+                mend='Leave it out, or take an objective of any number of answers, such as spec("infonca")',
+            )
     if config.cache_reference and config.transforms:
         raise LuthierError(
             "transforms change the tokens of every step, and a cached reference has read them as they are",
@@ -174,6 +205,11 @@ def _check_loss(loss: Loss, config: ConfigDict) -> None:
             where=f"stage {config.name}: objective",
             mend='Take spec("bco"), which is TRL\'s, without it',
         )
+
+
+def _sections(config: ConfigDict) -> tuple[ConfigDict, ...]:
+    """The sections of a stage's data, one or a mixture."""
+    return config.data if isinstance(config.data, tuple) else (config.data,)
 
 
 def _check_sync(config: ConfigDict) -> None:

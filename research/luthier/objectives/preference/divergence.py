@@ -20,8 +20,9 @@ def implicit_reward(divergence: str, alpha: float | None, largest: float = 80.0)
 
     Args:
       alpha: α; given with `alpha`, and only then.
-      largest: where exponents are cut, so that float32 holds them (and, for a squared loss, their squares); beyond
-        it the gradient is 0, as in TRL's α-divergence.
+      largest: where exponents are cut, as in TRL's α-divergence; beyond it the gradient is 0. float32 ends at 88.7:
+        what is left holds β, 1/τ and the sum over a batch (and half of it, for a squared loss, the squares). TRL's
+        forward KL is not cut: between the two its loss grows and has a gradient.
     """
     require(
         divergence in KNOWN, f"unknown divergence {divergence!r}. Known: {', '.join(KNOWN)}", "objective.divergence"

@@ -4,6 +4,7 @@ The answers to one prompt are a group. They lie in one row, each a segment of it
 group g, answer k has the segment id g·K + k + 1, and an answer that is not there leaves its id out.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -53,6 +54,7 @@ def sequence_objective(
       dropout: whether the policy draws dropout masks in training; the reference never does.
     """
     is_aligned = any(name in loss.needs for name in ALIGNMENT)
+    of_sums = dataclasses.replace(loss, tail=1.0)  # the sums are made with the tail's weights
 
     def sums(bound, variables, batch, rng):
         head_rng, dropout_rng = jax.random.split(rng)
@@ -70,7 +72,7 @@ def sequence_objective(
             rngs={"dropout": dropout_rng} if dropout else None,
         )
         found = _answers(loss, -outputs.pop("loss"), outputs.pop("alignment", None), plain, answers)
-        value, metrics = loss(_inputs(loss, found))
+        value, metrics = of_sums(_inputs(loss, found))
         total = {name: (jnp.sum(jnp.where(n, x, 0)), jnp.sum(n)) for name, (x, n) in metrics.items()}
         targets = jnp.sum(batch["loss_weights"] != 0)
         return jnp.sum(value), total | {name: (jnp.sum(x), targets) for name, x in outputs.items()}

@@ -46,8 +46,8 @@ def dpo(
 ) -> SequenceLoss:
     """−(1 − ε) log σ(βΔ) − ε log σ(−βΔ), Δ = s(c) − s(j); log 2 where the policy is the reference.
 
-    Over several turns (S124) the sums are over what the model wrote; contexts that a preference depends on (S128) are
-    part of the prompt.
+    Over several turns (S124, arXiv 2409.02392) the sums are over what the model wrote, with `train_on="assistant"`;
+    contexts that a preference depends on (S128, arXiv 2407.14916) are part of the prompt.
 
     Args:
       label_smoothing: ε, the probability that a label is flipped (conservative DPO). It acts, where TRL 1.16's

@@ -16,6 +16,7 @@ from luthier.objectives.preference.sequences import (
     per_token,
     require,
     require_beta,
+    require_weights,
 )
 
 ABSENT = -1e30  # a log-probability that no softmax notices, and that is still a number
@@ -62,7 +63,7 @@ def infonca(*, temperature: float, beta: float = 0.01) -> SequenceLoss:
     """−Σ_i p_i log softmax(r)_i, p = softmax(scores / τ); for two answers and τ → 0, DPO.
 
     Args:
-      temperature: τ, in units of the scores (the paper's α).
+      temperature: τ, in units of the scores: `temperature_alpha` of the authors' code, by its comment 1/α of the paper.
 
     Source: S129, arXiv 2402.05369, and the authors' code.
     """
@@ -79,7 +80,7 @@ def nca_rewards(*, temperature: float, beta: float = 0.01) -> SequenceLoss:
     """−Σ_i p_i log σ(r_i) − (1/K) Σ_i log σ(−r_i), p = softmax(scores / τ); for two answers and τ → 0, `pairs.nca`.
 
     Args:
-      temperature: τ, in units of the scores (the paper's α).
+      temperature: τ, in units of the scores: `temperature_alpha` of the authors' code, by its comment 1/α of the paper.
 
     Source: S129, arXiv 2402.05369, and the authors' code.
     """
@@ -148,7 +149,7 @@ def clha(*, margin: float = 3.0, sft_weight: float = 0.05) -> SequenceLoss:
 
     Source: S125, arXiv 2403.16649, and the authors' code (calubkk/CLHA); scores are a reward model's.
     """
-    require(margin >= 0, f"must not be negative, got {margin}", "objective.margin")
+    require_weights(margin=margin, sft_weight=sft_weight)
 
     def fn(inputs):
         mean, present = per_token(inputs.logprob, inputs.tokens), _present(inputs) & inputs.valid[:, None]

@@ -17,6 +17,7 @@ from luthier.objectives.preference.sequences import (
     require,
     require_beta,
     require_smoothing,
+    require_weights,
     smoothed_logistic,
 )
 
@@ -36,9 +37,8 @@ def log1mexp(x: Float[Array, " n"]) -> Float[Array, " n"]:
 
 def chosen_sft() -> SequenceLoss:
     """Negative log-likelihood of the preferred answer (`Pairs.chosen_nll`): TRL's `sft`, a term to combine with."""
-    return SequenceLoss(
-        lambda inputs: (inputs.chosen_nll, {"nll_loss": (inputs.chosen_nll, inputs.valid)}), Pairs, ("chosen_nll",)
-    )
+    fn = lambda inputs: (inputs.chosen_nll, {"nll_loss": (inputs.chosen_nll, inputs.valid)})  # noqa: E731
+    return SequenceLoss(fn, Pairs, ("chosen_nll",), reads_sums=False)
 
 
 def orpo(*, beta: float = 0.1) -> SequenceLoss:
@@ -74,6 +74,7 @@ def cpo(*, beta: float = 0.1, label_smoothing: float = 0.0, nll_weight: float = 
     """
     require_beta(beta)
     require_smoothing(label_smoothing)
+    require_weights(nll_weight=nll_weight)
 
     def fn(inputs):
         loss = smoothed_logistic(beta * (inputs.chosen - inputs.rejected), label_smoothing)

@@ -96,6 +96,7 @@ class SequenceLoss:
       needs: those of the optional fields that it reads.
       coupled: whether an example's loss depends on the others of its batch: then micro-batches are another loss.
       tail: weight of an answer's tokens beyond the length of the shorter one (`tail_weights`), in all sums.
+      reads_sums: whether it reads the sums of log-probabilities that `tail` is about.
     """
 
     fn: Callable[[Any], tuple[Array, Metrics]]
@@ -103,6 +104,7 @@ class SequenceLoss:
     needs: tuple[str, ...] = ()
     coupled: bool = False
     tail: float = 1.0
+    reads_sums: bool = True
 
     @property
     def needs_reference(self) -> bool:
@@ -112,6 +114,8 @@ class SequenceLoss:
     def __call__(self, inputs: Any) -> tuple[Float[Array, " B"], Metrics]:
         if not isinstance(inputs, self.inputs):
             raise ValueError(f"the loss reads {self.inputs.__name__}, got {type(inputs).__name__}")
+        if self.tail != 1:
+            raise ValueError("make the sums with `tail_weights` and give them to the loss inside length_desensitised")
         missing = [name for name in self.needs if getattr(inputs, name) is None]
         if missing:
             raise ValueError(f"the loss needs {', '.join(missing)}")
@@ -167,6 +171,11 @@ def require(condition: bool, what: str, where: str) -> None:
 
 def require_beta(beta: float) -> None:
     require(beta > 0, f"beta must be positive, got {beta}", "objective.beta")
+
+
+def require_weights(**weights: float) -> None:
+    for name, weight in weights.items():
+        require(weight >= 0, f"must not be negative, got {weight}", f"objective.{name}")
 
 
 def require_smoothing(smoothing: float, below: float = 1.0) -> None:

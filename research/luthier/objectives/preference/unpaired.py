@@ -1,14 +1,21 @@
 """Losses of single answers labelled desirable or not.
 
 r = β(log π(y) − log π_ref(y)). Rewards and log-probabilities among the metrics are means over the desirable (`chosen`)
-and over the others (`rejected`); the margin is the difference of those means.
+and over the others (`rejected`). Their margin is the difference of two means over different examples, which sums over
+parts of a batch don't give: it is a metric of KTO alone, which sees the whole batch.
 """
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from luthier.objectives.preference.sequences import Metrics, SequenceLoss, Unpaired, require_beta
+from luthier.objectives.preference.sequences import (
+    Metrics,
+    SequenceLoss,
+    Unpaired,
+    require_beta,
+    require_weights,
+)
 
 
 def _reward(inputs: Unpaired, beta: float) -> tuple[Array, Metrics]:
@@ -22,17 +29,26 @@ def _reward(inputs: Unpaired, beta: float) -> tuple[Array, Metrics]:
     }
 
 
+def _margin(metrics: Metrics) -> tuple[Array, Array]:
+    """Mean reward of the desirable less that of the others, of a whole batch that has both."""
+    mean = lambda x, counted: jnp.sum(jnp.where(counted, x, 0)) / jnp.maximum(jnp.sum(counted), 1)  # noqa: E731
+    (reward, chosen), (_, rejected) = metrics["rewards/chosen"], metrics["rewards/rejected"]
+    has_both = jnp.any(chosen) & jnp.any(rejected)
+    return jnp.full_like(reward, mean(reward, chosen) - mean(reward, rejected)), (chosen | rejected) & has_both
+
+
 def kto(*, beta: float = 0.1, desirable_weight: float = 1.0, undesirable_weight: float = 1.0) -> SequenceLoss:
     """λ_D σ(−(r − βz)) of a desirable answer, λ_U σ(r − βz) of another; no gradient through z.
 
     z = max(0, mean over the batch of log π(y′) − log π_ref(y′)) of answers y′ to other prompts: an estimate of
     KL(π ‖ π_ref), so micro-batches are another loss.
 
-    Over several turns (S124) the sums are over what the model wrote.
+    Over several turns (S124, arXiv 2409.02392) the sums are over what the model wrote, with `train_on="assistant"`.
 
     Source: arXiv 2402.01306, equation 7, and TRL.
     """
     require_beta(beta)
+    require_weights(desirable_weight=desirable_weight, undesirable_weight=undesirable_weight)
 
     def fn(inputs):
         reward, metrics = _reward(inputs, beta)
@@ -42,6 +58,7 @@ def kto(*, beta: float = 0.1, desirable_weight: float = 1.0, undesirable_weight:
         x = reward - beta * kl
         gained, avoided = desirable_weight * jax.nn.sigmoid(-x), undesirable_weight * jax.nn.sigmoid(x)
         metrics["kl"] = (jnp.full_like(reward, kl), inputs.valid)
+        metrics["rewards/margins"] = _margin(metrics)
         return jnp.where(inputs.desirable, gained, avoided), metrics
 
     return SequenceLoss(fn, Unpaired, ("reference", "kl_logprob", "kl_reference"), coupled=True)
@@ -55,6 +72,7 @@ def apo_zero_unpaired(
     Source: S122, arXiv 2408.06266, equation 7; TRL's KTO with `loss_type="apo_zero_unpaired"`.
     """
     require_beta(beta)
+    require_weights(desirable_weight=desirable_weight, undesirable_weight=undesirable_weight)
 
     def fn(inputs):
         reward, metrics = _reward(inputs, beta)

@@ -17,9 +17,15 @@ from luthier.objectives.preference.sequences import Pairs, SequenceLoss, require
 
 
 def combine(*, losses: Sequence[SequenceLoss | Mapping[str, Any]], weights: Sequence[float]) -> SequenceLoss:
-    """Σ weight · loss. A metric that several report is the first one's."""
+    """Σ weight · loss. A metric that several report is the first one's.
+
+    Args:
+      weights: none below 0 and not all 0; of a loss with weight 0 only the metrics are left.
+    """
     losses = [_resolved(loss) for loss in losses]
     require(len(losses) == len(weights) > 0, f"{len(losses)} losses and {len(weights)} weights", "objective.weights")
+    allowed = min(weights) >= 0 and sum(weights) > 0
+    require(allowed, f"must be none below 0 and not all 0, got {tuple(weights)}", "objective.weights")
     kinds, tails = {loss.inputs for loss in losses}, {loss.tail for loss in losses}
     require(len(kinds) == 1, "losses of different kinds of data can't be combined", "objective.losses")
     require(len(tails) == 1, "desensitise their sum to length, not one of them", "objective.losses")
@@ -32,7 +38,8 @@ def combine(*, losses: Sequence[SequenceLoss | Mapping[str, Any]], weights: Sequ
         return total, metrics
 
     needs = dict.fromkeys(name for loss in losses for name in loss.needs)
-    return SequenceLoss(fn, kinds.pop(), tuple(needs), any(loss.coupled for loss in losses), tails.pop())
+    coupled, reads_sums = (any(getattr(loss, name) for loss in losses) for name in ("coupled", "reads_sums"))
+    return SequenceLoss(fn, kinds.pop(), tuple(needs), coupled, tails.pop(), reads_sums)
 
 
 def wpo(*, loss: SequenceLoss | Mapping[str, Any]) -> SequenceLoss:
@@ -57,11 +64,18 @@ def wpo(*, loss: SequenceLoss | Mapping[str, Any]) -> SequenceLoss:
 def length_desensitised(*, loss: SequenceLoss | Mapping[str, Any], alpha: float) -> SequenceLoss:
     """A loss of pairs, of sums in which tokens beyond the shorter answer's length count α (`tail_weights`).
 
+    It says how the sums are to be made, which a recipe's objective does; as a function of sums it is an error.
+
+    Args:
+      alpha: α, in [0, 1]; 1 is the loss itself, the end of a sweep.
+
     Source: LD-DPO, arXiv 2409.06411.
     """
     loss = _resolved(loss)
     require(0 <= alpha <= 1, f"must be in [0, 1], got {alpha}", "objective.alpha")
     require(loss.inputs is Pairs, f"it is for losses of pairs, not of {loss.inputs.__name__}", "objective.loss")
+    require(loss.reads_sums, "the loss reads no sums of log-probabilities that it could act on", "objective.loss")
+    require(loss.tail == 1, "the loss is desensitised to length already", "objective.loss")
     return dataclasses.replace(loss, tail=alpha)
 
 
