@@ -190,6 +190,7 @@ def test_a_prompt_of_peft():
     vectors = policy.variables["prompt"]["inputs"]["vectors"]
     (loss, logits), gradient = jax.jit(jax.value_and_grad(run, has_aux=True))(vectors)
     np.testing.assert_allclose(logits, expected["logits"], atol=2e-5)
+    assert np.linalg.norm(logits - expected["logits"]) <= 3e-6 * np.linalg.norm(expected["logits"])
     assert float(loss) == pytest.approx(float(expected["loss"]), abs=1e-5)
     np.testing.assert_allclose(gradient, expected["gradient"], atol=1e-5)
     (made,) = generate(policy, [rows[0].tolist()], Sampling(max_new_tokens=len(expected["greedy"])))
@@ -273,6 +274,11 @@ def test_words_that_cannot_start_a_prompt(options, told):
         asked_to_start(**options)
 
 
+def test_two_prompts_at_once_are_refused():
+    with pytest.raises(LuthierError, match="prompt_tuning and prompt_tuning both fill the placeholders"):
+        bind(tiny().bound.model, [prompt_tuning(), prompt_tuning(collection="other")])
+
+
 def test_words_need_a_tokenizer():
     with pytest.raises(LuthierError, match="need a tokenizer"):
         prompt_tuning(text="Sum").start({})
@@ -312,6 +318,51 @@ def test_the_stages_of_promot_leave_what_they_do_not_train(tmp_path, monkeypatch
     assert settings["peft_type"] == "PROMPT_TUNING" and settings["num_virtual_tokens"] == 4
     alone = from_source(str(tmp_path / "both/final/tuners/prompt"))
     assert len(alone.bound.tuners) == 1
+
+
+@pytest.mark.parity
+def test_transformers_reads_the_result_of_promot(tmp_path, monkeypatch):
+    """Logits of the trained model, alone and behind the trained prompt as `inputs_embeds`, and greedy text."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "cache"))
+    file = tiny_run.write_run(tmp_path, STAGES.strip().rstrip(","))
+    start = tiny()  # whose text hangs on the whole context
+    weights.export(tmp_path / "model", start.bound.model.config, start.variables["params"], start.tokenizer)
+    luthier.train(configs.load(str(file)), tmp_path / "run")
+    final = tmp_path / "run/final"
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        final, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    (vectors,) = hf_layout.read_safetensors(final / "tuners/prompt/adapter_model.safetensors").values()
+    ours = from_source(str(tmp_path / "run"))
+    rows = np.random.default_rng(0).integers(0, 256, (3, 9))
+    embeds = theirs.get_input_embeddings()(torch.tensor(rows)).detach()
+    embeds = torch.cat([torch.tensor(vectors)[None].expand(len(rows), -1, -1), embeds], dim=1)
+    with torch.no_grad():
+        alone, behind = theirs(torch.tensor(rows)).logits, theirs(inputs_embeds=embeds).logits[:, len(vectors) :]
+        greedy = theirs.generate(
+            inputs_embeds=embeds,
+            attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long),
+            max_new_tokens=8,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+
+    def logits(policy, length):
+        tokens = [[0] * length + row.tolist() for row in rows]
+        batch = batching.padded(tokens, length + rows.shape[1], False, range(length) if length else ())
+        return policy.bound.unembed(policy.variables, policy.bound.hidden(policy.variables, batch)[0][:, length:])
+
+    without = ours.asked(without=[name for name in ours.variables if name != "params"])
+    for got, want in ((logits(without, 0), alone.numpy()), (logits(ours, len(vectors)), behind.numpy())):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    untrained = logits(start, 0)
+    assert np.abs(alone.numpy() - untrained).max() > 0.1, "the model is trained"
+    assert (alone - behind).abs().max() > 0.1 and len(np.unique(greedy)) > 6, "the prompt matters"
+    endless = types.SimpleNamespace(eos_ids=(), decode=lambda tokens, skip_special: "")
+    made = generate(dataclasses.replace(ours, tokenizer=endless), rows.tolist(), Sampling(max_new_tokens=8))
+    assert [list(one.token_ids) for one in made] == greedy.tolist()
 
 
 def test_a_stage_ends_with_its_best_checkpoint(tmp_path, monkeypatch):

@@ -33,6 +33,7 @@ from luthier.tuners.ia3 import ia3
 from luthier.tuners.lofit import lofit, strongest
 from luthier.tuners.lora import lora
 from luthier.tuners.prefix import prefix, prefix_of
+from luthier.tuners.prompt_tuning import prompt_tuning
 
 GOLDENS = hf_layout.GOLDENS / "peft_tuners"
 LLAMA, QWEN, GEMMA = "llama_gqa_tied", "qwen2", "gemma3_text"
@@ -191,13 +192,11 @@ def case(name: str):
 @pytest.mark.parametrize("name", TUNERS)
 def test_outputs_and_counts_equal_peft(name):
     bound, variables, expected, batch = case(name)
-    if name in ("ia3", "dora", "pissa", "prefix", "prefix_mlp"):
-        logits, loss, gradients = run(bound, variables, batch)
-        assert abs(float(loss) - expected["loss"]) < 1e-5
-        (collection,) = gradients
-        close(gradients[collection], from_peft(name, part(expected, "grad/")))
-    else:
-        logits = forward(variables, batch, bound=bound)
+    logits, loss, gradients = run(bound, variables, batch)
+    assert abs(float(loss) - expected["loss"]) < 1e-5
+    (collection,) = gradients
+    close(gradients[collection], from_peft(name, part(expected, "grad/")))
+    close({"logits": logits}, {"logits": expected["logits"]}, 3e-6)
     np.testing.assert_allclose(logits, expected["logits"], rtol=1e-5, atol=3e-5)
     collection = bound.tuners[0].collection
     fresh = started(bound, TUNERS[name][0])[collection]
@@ -205,6 +204,7 @@ def test_outputs_and_counts_equal_peft(name):
     assert sum(x.size for x in jax.tree.leaves(fresh)) == expected["count"]
     if bound.tuners[0].merge:
         merged = forward({"params": merge(bound, variables)}, batch, bound=bind(bound.model))
+        close({"logits": merged}, {"logits": expected["merged_logits"]}, 3e-6)
         np.testing.assert_allclose(merged, expected["merged_logits"], rtol=1e-5, atol=3e-5)
 
 
@@ -602,7 +602,12 @@ def test_lofits_penalty(parts, heads):
 @pytest.mark.parametrize(
     "make, words",
     [
-        (lambda: ia3(patterns=("layers/mlp/iner",)), ["'layers/mlp/iner' matches no site", "tuner ia3"]),
+        (
+            lambda: ia3(patterns=("layers/mlp/iner",)),
+            ["'layers/mlp/iner' matches no site", "tuner ia3", "Did you mean 'layers/mlp/inner'"],
+        ),
+        (lambda: adapter(patterns=("layers/atention",)), ["Did you mean 'layers/attention'"]),
+        (lambda: adapter(patterns=("head",)), ["'head' matches no site", "Known: layers/attention, layers/mlp"]),
         (lambda: ia3(patterns=("layers/attention/attend",)), ["'layers/attention/attend' matches no site"]),
         (lambda: adapter(patterns=("layers/mlp/down",)), ["'layers/mlp/down' matches no site", "tuner adapter"]),
         (lambda: adapter(placement="paralel"), ["placement 'paralel'", "parallel"]),
@@ -628,3 +633,69 @@ def test_what_has_no_exact_merge_says_so(tuner):
     variables = {"params": {}, tuner.collection: {"layers": {"residual": {"scale": np.ones((3, 48))}}}}
     with pytest.raises(LuthierError, match=r"no exact merge|no linear map takes in the vector of layers/residual"):
         merge(bound, variables)
+
+
+_K = ("layers/attention/k",)
+_DORA = lora(rank=2, alpha=4.0, dora=True, collection="dora", patterns=("layers/attention/k", "layers/mlp/down"))
+TOGETHER = {
+    "a map's vector, then its update": (ia3(), lora(rank=2, alpha=4.0)),
+    "a map's update, then its vector": (lora(rank=2, alpha=4.0), ia3()),
+    "two updates": (lora(rank=2, alpha=4.0), lora(rank=3, alpha=6.0, collection="other", patterns=_K)),
+    "dora first": (_DORA, lora(rank=2, alpha=4.0), ia3()),
+    "dora behind other tuners": (ia3(), lora(rank=2, alpha=4.0), _DORA),
+    "two doras": (lora(rank=2, alpha=4.0, dora=True), _DORA),
+}
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+def test_tuners_of_the_same_maps_merge_together(name):
+    """… on a model with biases, too."""
+    transformer, params = model(QWEN)
+    bound = bind(transformer, TOGETHER[name])
+    variables = shaken(started(bound, QWEN), bound)
+    batch = case("ia3_bias")[3]
+    apart = forward(variables, batch, bound=bound)
+    merged = forward({"params": merge(bound, variables)}, batch, bound=bind(transformer))
+    assert np.abs(apart - forward({"params": params}, batch, bound=bind(transformer))).max() > 1e-2
+    np.testing.assert_allclose(merged, apart, rtol=1e-5, atol=3e-5)
+
+
+def test_frozen_weights_have_no_gradients():
+    """FLOPs of compiled gradients against the products counted by hand.
+
+    Of one layer, the loops of the compiled program having one turn then. Each map of n tokens is 2 · n · in · out
+    forwards, as much for its input's gradient and as much for its own, which only full training computes.
+    """
+    embed, inner, vocabulary, rows, length, rank = 128, 512, 1024, 4, 16, 4
+    shape = {"hidden_size": embed, "intermediate_size": inner, "vocab_size": vocabulary, "num_hidden_layers": 1}
+    transformer = Transformer(tiny_policy.config(**shape, num_key_value_heads=4), remat="none")
+    batch = {name: jax.ShapeDtypeStruct((rows, length), jnp.int32) for name in ("tokens", "segment_ids", "positions")}
+    batch |= {"targets": batch["tokens"], "prompt_slots": batch["tokens"]}
+    batch["loss_weights"] = jax.ShapeDtypeStruct((rows, length), jnp.float32)
+
+    def flops(tuners, trained):
+        bound = bind(transformer, tuners)
+        variables = nn.unbox(jax.eval_shape(bound.init, jax.random.key(0)))
+        frozen = {name: tree for name, tree in variables.items() if name != trained}
+        run = jax.jit(make_gradients(bound, tiny_training.sft_objective()))
+        return run.lower({trained: variables[trained]}, frozen, batch, 0).compile().cost_analysis()["flops"]
+
+    tokens, maps = rows * length, [(embed, embed)] * 4 + [(embed, inner)] * 2 + [(inner, embed)]
+    products = 2 * tokens * (sum(i * o for i, o in maps) + embed * vocabulary)
+    attention = 3 * 2 * (2 * tokens * length * embed)  # two products forwards, four backwards, whatever is trained
+    low_rank = 3 * 2 * tokens * rank * sum(i + o for i, o in maps)
+    # Under LoRA nothing is trained before the first queries, keys and values: their input has no gradient.
+    first = 2 * tokens * 3 * (embed * embed + embed * rank)
+    expected = {
+        "params": 3 * products + attention,
+        "prompt": 2 * products + attention,
+        "lora": 2 * products + attention + low_rank - first,
+    }
+    found = {
+        "params": flops([], "params"),
+        "prompt": flops([prompt_tuning(length=2)], "prompt"),
+        "lora": flops([lora(rank=rank)], "lora"),
+    }
+    for name, count in expected.items():
+        assert count <= found[name] <= 1.05 * count, name  # the rest is not products
+    assert all(0.6 < found[name] / found["params"] < 0.7 for name in ("prompt", "lora"))

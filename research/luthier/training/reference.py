@@ -29,18 +29,22 @@ class Reference:
       source: of a teacher's weights; `START` for the model as its stage begins, `AVERAGE` for one that follows the
         policy and lies in the state.
       about: what is known of a teacher without its weights.
+      what: what it is called: a `teacher` of token losses, a `reference` of those of whole answers.
     """
 
     bound: Bound
     source: str
     about: weights.Description | None = None
+    what: str = "teacher"
 
     def has_own_variables(self, train: Sequence[str]) -> bool:
         """Whether its numbers are, or become, others than those of the state and of what stays as it is."""
         return self.source != AVERAGE and (self.about is not None or bool(collections_of(self.bound) & set(train)))
 
 
-def make_reference(source: str, policy: Bound, handed_on: Collection[str], rules: Sequence[tuple]) -> Reference | None:
+def make_reference(
+    source: str, policy: Bound, handed_on: Collection[str], rules: Sequence[tuple], what: str = "teacher"
+) -> Reference | None:
     """The reference model that a loss asks for, or None.
 
     At its start, the policy is what the stage before hands on: tuners that begin in this stage are left out.
@@ -49,6 +53,7 @@ def make_reference(source: str, policy: Bound, handed_on: Collection[str], rules
       source: `TokenLoss.reference`.
       handed_on: collections of the stage before.
       rules: sharding rules of the recipe.
+      what: `Reference.what`.
 
     Raises:
       LuthierError: if a teacher is not there.
@@ -57,24 +62,24 @@ def make_reference(source: str, policy: Bound, handed_on: Collection[str], rules
         return None
     if source == START:
         tuners = tuple(tuner for tuner in policy.tuners if tuner.collection in handed_on)
-        return Reference(Bound(policy.model, tuners), START)
+        return Reference(Bound(policy.model, tuners), START, what=what)
     about = weights.describe(source)
     heads = {"num_heads": about.config.num_heads, "num_kv_heads": about.config.num_kv_heads}
     sharder = make_sharder(policy.model.sharder.mesh, **heads, rules=rules)
     model = policy.model.clone(config=about.config, dropout=0.0, remat="none", sharder=sharder)
-    return Reference(bind(model), source, about)
+    return Reference(bind(model), source, about, what)
 
 
 def check_reference(reference: Reference | None, tokenizer: Tokenizer, where: str) -> None:
-    """Raises a LuthierError if a teacher's tokens mean something else than the model's."""
+    """Raises a LuthierError if the tokens of a second model of its own mean something else than the model's."""
     if reference is None or reference.about is None:
         return
     theirs, ours = reference.about.tokenizer.vocabulary(), tokenizer.vocabulary()
     if odd := next((token for token in ours if theirs.get(token) != ours[token]), None):
         raise LuthierError(
-            f"its token {odd!r} is {theirs.get(odd)}, the model's is {ours[odd]}: logits can't be compared",
-            where=f"{where}: teacher {reference.source}",
-            mend="Take a teacher with the same tokenizer",
+            f"its token {odd!r} is {theirs.get(odd)}, the model's is {ours[odd]}: probabilities can't be compared",
+            where=f"{where}: {reference.what} {reference.source}",
+            mend=f"Take a {reference.what} with the same tokenizer",
         )
 
 
@@ -103,11 +108,12 @@ def load_params(source: str, bound: Bound, about: weights.Description) -> Variab
     boxed = jax.eval_shape(bound.init, jax.random.key(0))["params"]
     shardings = flatten_dict(bound.model.sharder.tree(boxed), sep="/")
     loaded = weights.load(source, place=lambda path, shape: shardings[path], about=about)
-    params = loaded.params
-    for adapter in loaded.adapters:
-        tuner = resolve(spec(adapter.name, **adapter.options), "tuner")()
-        if tuner.reward:
-            mend = "Make one directory of it and its model: luthier export --merge"
-            raise LuthierError("a reward head beside its model can't be trained on", where=source, mend=mend)
-        params = merge(bind(bound.model, [tuner]), {"params": params, tuner.collection: adapter.variables})
-    return params
+    tuners = [
+        resolve(spec(adapter.name, **adapter.options, collection=f"adapter_{number}"), "tuner")()
+        for number, adapter in enumerate(loaded.adapters)
+    ]
+    if any(tuner.reward for tuner in tuners):
+        mend = "Make one directory of it and its model: luthier export --merge"
+        raise LuthierError("a reward head beside its model can't be trained on", where=source, mend=mend)
+    laid_over = {tuner.collection: adapter.variables for tuner, adapter in zip(tuners, loaded.adapters)}
+    return merge(bind(bound.model, tuners), {"params": loaded.params, **laid_over})

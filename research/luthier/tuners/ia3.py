@@ -1,5 +1,7 @@
 """(IA)³: learned vectors that rescale activations."""
 
+import functools
+
 import flax.linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -35,10 +37,13 @@ def ia3(
         scale = site.variable(collection, "scale", start, None, y.shape[2:]).value
         return y * scale.astype(y.dtype)
 
-    def merge(variables):
+    def merge(variables, frozen, rows=False):
+        del frozen
         flat = flatten_dict(variables["params"])
         for (*site, _), scale in flatten_dict(variables[collection]).items():
             behind = _BEHIND.get("/".join(site))
+            if bool(behind) != rows:
+                continue
             linear = (*site[:-1], behind) if behind else tuple(site)
             if (*linear, "kernel") not in flat:
                 raise LuthierError(f"no linear map takes in the vector of {'/'.join(site)}", where="tuner ia3")
@@ -50,4 +55,5 @@ def ia3(
                 flat[(*linear, "bias")] = (bias * scale).astype(bias.dtype)
         return unflatten_dict(flat)
 
-    return Tuner("ia3", collection, tuple(patterns), (Linear, Hook), transform, merge)
+    rows = functools.partial(merge, rows=True)
+    return Tuner("ia3", collection, tuple(patterns), (Linear, Hook), transform, merge, rows)

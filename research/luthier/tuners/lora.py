@@ -34,7 +34,8 @@ def lora(
     Args:
       rslora: s = alpha / sqrt(rank), which keeps the update's size steady in the rank.
       dora: y = x V ⊙ m / |V|, where V = W + s A B, |V| `[out]` is the length of each of its columns,
-        without a derivative, and m `[out]` is trained and starts at |W|.
+        without a derivative, and m `[out]` is trained and starts at |W|. W is the
+        frozen map whatever tuners it has besides.
       init: `pissa` starts at the largest singular triplets of W = U S Vᵀ, A₀ = U sqrt(S / s) and
         B₀ = sqrt(S / s) Vᵀ, and trains A and B in y = x W + s · (x A B − x A₀ B₀). That is PiSSA's
         residual matrix with W left as it is: A₀ and B₀ are a frozen collection of their own.
@@ -96,14 +97,18 @@ def lora(
                 numbers[a], numbers[b] = _difference(numbers[a], numbers[b], first[a], first[b])
         return numbers
 
-    def merge(variables):
-        params, numbers = flatten_dict(variables["params"]), full(variables)
+    def merge(variables, frozen):
+        params, numbers, frozen = flatten_dict(variables["params"]), full(variables), flatten_dict(frozen)
         for site in {path[:-1] for path in numbers}:
             kernel = params[(*site, "kernel")]
             update = scale * jnp.einsum("...ir,...ro->...io", numbers[(*site, "a")], numbers[(*site, "b")])
             tuned = kernel + update
             if dora:
-                tuned *= (numbers[(*site, "m")] / _lengths(tuned))[..., None, :]
+                ratio = numbers[(*site, "m")] / _lengths(frozen[(*site, "kernel")] + update)
+                tuned *= ratio[..., None, :]
+                if (bias := (*site, "bias")) in params:  # what tuners before this one have made of it is scaled too
+                    moved = (params[bias] - frozen[bias]) * ratio + frozen[bias]
+                    params[bias] = moved.astype(params[bias].dtype)
             params[(*site, "kernel")] = tuned.astype(kernel.dtype)
         return unflatten_dict(params)
 

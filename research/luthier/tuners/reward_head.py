@@ -36,7 +36,8 @@ def reward_head(*, std: float = 0.02, collection: str = "reward") -> Tuner:
             return {collection: variables[collection]}
         return {collection: {"head": {"kernel": own.astype(jnp.promote_types(own.dtype, jnp.float32))}}}
 
-    def merge(variables):
+    def merge(variables, frozen):
+        del frozen
         params, kernel = variables["params"], variables[collection]["head"]["kernel"]
         return {**params, "head": {"kernel": kernel.astype(params["embed"]["embedding"].dtype)}}
 

@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from luthier.errors import LuthierError
+from luthier.errors import LuthierError, near
 from luthier.models import KVCache, Transformer
 
 Variables = Mapping[str, Any]
@@ -45,7 +45,9 @@ class Tuner:
       site: the classes of module it can wrap; other modules on a matching path are left alone.
       transform: `(site, call, args, kwargs) -> result`, where `call(*args, **kwargs)` is the site
         without this tuner.
-      merge: `variables -> params` where the tuner can be folded into the weights.
+      merge: `(variables, frozen params) -> params` where the tuner can be folded into the weights: `variables`
+        have the `params` with the tuners before it folded in, and the frozen ones have none.
+      merge_rows: the same for what changes the input of a linear map, which scales the parts of all other tuners.
       frozen: collections of numbers that it reads and never trains.
       start: `variables -> its own collections`, where their start depends on the weights.
       plain: `variables -> (options, collection)` where not all options and numbers are needed once
@@ -63,7 +65,8 @@ class Tuner:
     patterns: tuple[str, ...]
     site: type[nn.Module] | tuple[type[nn.Module], ...]
     transform: Transform
-    merge: Callable[[Variables], Variables] | None = None
+    merge: Callable[[Variables, Variables], Variables] | None = None
+    merge_rows: Callable[[Variables, Variables], Variables] | None = None
     frozen: tuple[str, ...] = ()
     start: Callable[[Variables], Variables] | None = None
     plain: Callable[[Variables], tuple[Mapping[str, Any], Variables]] | None = None
@@ -107,17 +110,15 @@ class Bound:
         Raises:
           LuthierError: if a pattern matches no site.
         """
-        seen = {(t.name, p): False for t in self.tuners for p in t.patterns}
+        seen = {tuner: set() for tuner in self.tuners}
         one = jnp.ones((1, 1), jnp.int32)
         batch = {"tokens": one, "positions": one * 0, "segment_ids": one}
         variables = self._call("touch", None, batch, rngs={"params": rng}, seen=seen)
-        for (name, pattern), found in seen.items():
-            if not found:
-                raise LuthierError(
-                    f"pattern {pattern!r} matches no site",
-                    where=f"tuner {name}",
-                    mend="Sites are paths such as layers/attention/q, layers/mlp/up, head",
-                )
+        for tuner, sites in seen.items():
+            for pattern in tuner.patterns:
+                if not any(re.fullmatch(pattern, site) for site in sites):
+                    where = f"tuner {tuner.name}"
+                    raise LuthierError(f"pattern {pattern!r} matches no site", where=where, mend=near(pattern, sites))
         for tuner in self.tuners:
             if tuner.through:
                 made = tuner.through.init(jax.random.fold_in(rng, 1), variables[tuner.collection])
@@ -162,10 +163,9 @@ class Bound:
             if context.method_name != "__call__":
                 return call(*args, **kwargs)
             for tuner in self.tuners:
+                if seen is not None and isinstance(context.module, tuner.site):
+                    seen[tuner].add("/".join(context.module.path))
                 if tuner.matches(context.module):
-                    if seen is not None:
-                        path = "/".join(context.module.path)
-                        seen.update({(tuner.name, p): True for p in tuner.patterns if re.fullmatch(p, path)})
                     call = _wrapped(tuner, context.module, call)
             return call(*args, **kwargs)
 
@@ -211,10 +211,14 @@ def merge(bound: Bound, variables: Variables) -> Variables:
     Raises:
       LuthierError: if a tuner cannot be merged.
     """
+    frozen = variables["params"]
     for tuner in bound.tuners:
         if tuner.merge is None:
             raise LuthierError("this tuner has no exact merge", where=f"tuner {tuner.name}")
-        variables = {**variables, "params": tuner.merge(variables)}
+        variables = {**variables, "params": tuner.merge(variables, frozen)}
+    for tuner in bound.tuners:
+        if tuner.merge_rows is not None:
+            variables = {**variables, "params": tuner.merge_rows(variables, frozen)}
     return variables["params"]
 
 
