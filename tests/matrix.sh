@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every objective with every tuner on 8 simulated devices; some minutes. Writes tests/matrix.json.
+# Every objective with every tuner on 8 simulated devices; 15 minutes on two cores. Writes tests/matrix.json.
 #
 #   bash tests/run.sh && bash tests/matrix.sh
 set -euo pipefail

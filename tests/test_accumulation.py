@@ -1,6 +1,7 @@
 """One gradient, however the batch is cut: micro-batches, packing and masks, and finite differences."""
 
 import functools
+import types
 
 import hf_layout
 import jax
@@ -10,6 +11,8 @@ import optax
 import pytest
 import tiny_training
 
+from luthier.objectives import token_objective
+from luthier.objectives.one_token_rollout import one_token_rollout
 from luthier.training.step import make_gradients
 
 ROWS, TIME = 12, 13
@@ -74,6 +77,37 @@ def test_micro_batches_give_the_gradient_of_the_full_batch(micro_batches, dtype)
         assert all(x.dtype == dtype for x in jax.tree.leaves(cut))
     assert abs(again - loss) <= LIMIT[dtype] * abs(loss)
     assert distance(cut, grads) <= LIMIT[dtype]
+
+
+@pytest.mark.parametrize("norm", ["tokens", "sequence"])
+@pytest.mark.parametrize("mode", ["mc", "exact"])
+def test_micro_batches_give_the_rollouts_of_the_full_batch(mode, norm):
+    """Proposals are drawn and examples counted as in one piece: packed rows, some examples without a target.
+
+    In float64, where no rounding moves a draw to the next token; an embedding and a head are the model.
+    """
+    loss, batch = one_token_rollout(k=8, mode=mode, norm=norm), packed(ragged(16))
+    rng = np.random.default_rng(0)
+    params = {"embed": rng.standard_normal((128, 6)), "head": rng.standard_normal((6, 128))}
+    bound = types.SimpleNamespace(
+        model=tiny_training.bound_model("llama_mha")[0].model,
+        hidden=lambda variables, batch, rngs: (variables["params"]["embed"][batch["tokens"]], None),
+        head=lambda variables: {"params": {"head": variables["params"]["head"]}},
+        unembed=lambda variables, hidden: hidden @ variables["params"]["head"],
+        penalties=lambda frozen, trainable: [],
+    )
+    with jax.enable_x64(True):
+        objective = token_objective(loss, tiny_training.SHARDER)
+        trainable = {"params": jax.tree.map(jnp.asarray, params)}
+        results = [
+            jax.jit(make_gradients(bound, objective, micro_batches=parts))(trainable, {}, batch, 3)
+            for parts in (1, 2, 4)
+        ]
+    whole, *cuts = ((float(loss), grads, {k: float(x) for k, x in told.items()}) for loss, grads, told in results)
+    for cut in cuts:
+        assert cut[0] == pytest.approx(whole[0], rel=LIMIT[np.float64])
+        assert distance(cut[1], whole[1]) <= LIMIT[np.float64]
+        assert cut[2] == pytest.approx(whole[2], rel=LIMIT[np.float64])
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 import shutil
 
 import hf_layout
@@ -16,12 +17,13 @@ import luthier
 from luthier import config as configs
 from luthier.data.masked_thought import masked_thought
 from luthier.errors import LuthierError
-from luthier.objectives import TokenLoss, token_objective
+from luthier.objectives import TokenLoss, token_objective, weighted_sum
 from luthier.objectives.asft import asft
 from luthier.objectives.dft import dft
 from luthier.objectives.distillation import distillation
 from luthier.objectives.one_token_rollout import one_token_rollout, sample
 from luthier.objectives.sft import sft
+from luthier.parallel import Sharder
 from luthier.training.step import make_gradients
 
 TOKENS, VOCABULARY = 400, 7
@@ -42,6 +44,49 @@ def gradient(loss: TokenLoss, logits, targets, seed=0, **tok):
     tok = {"targets": targets, **tok}
     run = lambda logits: jnp.sum(loss.token_fn(logits, tok, keys(seed, len(targets)))["loss"])  # noqa: E731
     return np.asarray(jax.jit(jax.grad(run))(logits))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"label_smoothing": 0.1}, {"z_loss": 0.02}, {"label_smoothing": 0.3, "z_loss": 0.5}],
+    ids=["label smoothing", "z-loss", "both"],
+)
+def test_sft_options_equal_their_formula(options):
+    """Values, and gradients in hidden states and head by central differences of the formula, in float64."""
+    smoothing, z_loss = options.get("label_smoothing", 0.0), options.get("z_loss", 0.0)
+    rng = np.random.default_rng(7)
+    hidden, kernel = rng.standard_normal((2, 5, 3)), rng.standard_normal((3, VOCABULARY))
+    targets = rng.integers(0, VOCABULARY, (2, 5))
+    weights = rng.uniform(0.2, 3.0, (2, 5))
+    weights[0, 1] = weights[1, 3] = 0  # and others unequal
+
+    def formula(hidden, kernel):
+        logits = hidden @ kernel
+        log_z = np.log(np.exp(logits).sum(-1))
+        spread = np.full(logits.shape, smoothing / VOCABULARY)
+        np.put_along_axis(spread, targets[..., None], 1 - smoothing + smoothing / VOCABULARY, axis=-1)
+        return np.sum(spread * (log_z[..., None] - logits), axis=-1) + z_loss * log_z**2
+
+    def slopes(which):
+        """Of Σ weights · loss in every number of `which`."""
+        steps = 1e-5 * np.eye(which.size).reshape(-1, *which.shape)
+        at = lambda step: np.sum(weights * formula(*(x + step if x is which else x for x in (hidden, kernel))))  # noqa: E731
+        return np.reshape([(at(step) - at(-step)) / 2e-5 for step in steps], which.shape)
+
+    def ours(hidden, kernel):
+        chunk = lambda head, hidden, tok, keys: sft(**options).token_fn(hidden @ head, tok, keys)  # noqa: E731
+        tok, ids = {"targets": jnp.asarray(targets)}, jnp.arange(10).reshape(2, 5)
+        return weighted_sum(chunk, VOCABULARY, Sharder(), kernel, hidden, weights, tok, ids, jax.random.key(0))
+
+    with jax.enable_x64(True):
+        run = jax.jit(jax.value_and_grad(ours, (0, 1), has_aux=True))
+        (total, outputs), gradients = run(jnp.asarray(hidden), jnp.asarray(kernel))
+        assert total.dtype == np.float64
+    values = formula(hidden, kernel)
+    np.testing.assert_allclose(outputs["loss"], np.where(weights != 0, values, 0), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(total, np.sum(weights * values), rtol=1e-12)
+    for got, which in zip(gradients, (hidden, kernel)):
+        np.testing.assert_allclose(got, slopes(which), rtol=1e-7, atol=1e-8)
 
 
 def rollout_moments(logits, targets, temperature, beta):
@@ -253,15 +298,29 @@ def test_every_proposal_is_a_token():
     assert np.max(drawn) < real["logits"].size
 
 
+def largest(compiled) -> int:
+    """Numbers, of any dtype, in the largest array of a compiled program."""
+    shapes = re.findall(r"\b(?:pred|[a-z]+\d\w*)\[([\d,]+)\]", compiled.as_text())
+    return max(math.prod(map(int, shape.split(","))) for shape in shapes)
+
+
 def test_no_array_of_proposals_by_vocabulary():
     """K = 512 proposals of 64 tokens over 2,048 words: nothing in the compiled gradient has K · T · V numbers."""
-    import re
-
     logits, targets = logits_and_targets(0, 64, 2048)
     run = lambda z: jnp.sum(one_token_rollout(k=512).token_fn(z, {"targets": targets}, keys(0, 64))["loss"])  # noqa: E731
-    text = jax.jit(jax.grad(run)).lower(logits).compile().as_text()
-    sizes = [math.prod(map(int, shape.split(","))) for shape in re.findall(r"\bf32\[([\d,]+)\]", text)]
-    assert max(sizes) <= 2 * 64 * 2048 + 64 * 512
+    assert largest(jax.jit(jax.grad(run)).lower(logits).compile()) <= 64 * 512 * 46  # √V
+    every = lambda z: z[:, None, :] < jnp.arange(3.0)[:, None]  # noqa: E731
+    assert largest(jax.jit(lambda z: jnp.cumsum(every(z), axis=1)).lower(logits).compile()) == 3 * 64 * 2048
+
+
+def test_no_array_of_proposals_by_vocabulary_in_the_gradient_of_a_model():
+    """K = 512 proposals of 64 tokens over 128 words, with a transformer before them."""
+    bound, params = tiny_training.bound_model("llama_mha")
+    objective = token_objective(one_token_rollout(k=512), tiny_training.SHARDER)
+    batch = jax.tree.map(lambda x: jnp.tile(x, (1, 64))[:4, :16], {k: x[:, :1] for k, x in sft_batch().items()})
+    gradients = jax.jit(make_gradients(bound, objective))
+    assert bound.model.config.vocab_size == 128 and batch["tokens"].size == 64
+    assert largest(gradients.lower({"params": params}, {}, batch, 0).compile()) <= 64 * 512 * 12  # √V
 
 
 def test_the_mean_over_sequences():

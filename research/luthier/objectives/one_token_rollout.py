@@ -15,6 +15,7 @@ from luthier.objectives.logits import normalise
 from luthier.objectives.objective import TokenLoss
 
 MODES = ("mc", "exact")
+BLOCK = 64  # tokens, at most, among which a draw is looked for one by one
 QUANTILES = (0.01, 0.1, 0.5, 0.9)  # probabilities of the target below which a share of positions is reported
 
 
@@ -70,35 +71,31 @@ def one_token_rollout(
 def sample(keys: Array, logits: Float[Array, "n V"], k: int) -> Int[Array, "n k"]:
     """K independent draws a row from softmax(logits), by inverting the distribution function.
 
-    Two levels, blocks of about √V tokens and the tokens of a block, keep its sums exact to float32 where one
-    running sum over a large vocabulary would lose the rare tokens; no array has more than V or K entries a row.
+    Three levels: groups of blocks, the blocks of a group, about as many, and the tokens of a block. That keeps sums
+    exact to float32 where one running sum over a large vocabulary would lose the rare tokens, reads whole rows, which
+    accelerators gather well, and no array has more than V or K √V entries a row.
     """
     vocabulary = logits.shape[-1]
-    size = math.ceil(math.sqrt(vocabulary))
-    blocks = math.ceil(vocabulary / size)
+    tokens = max(1, min(BLOCK, vocabulary // k))  # of a block
+    size = math.ceil(math.sqrt(math.ceil(vocabulary / tokens)))  # of a group, and groups
     weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
-    weights = jnp.pad(weights, ((0, 0), (0, blocks * size - vocabulary))).reshape(-1, blocks, size)
-    within = jnp.cumsum(weights, axis=-1)
-    ends = jnp.cumsum(within[..., -1], axis=-1)
-    u = jax.vmap(lambda key: jax.random.uniform(key, (k,), logits.dtype))(keys) * ends[:, -1:]
-    block = _first_above(ends, jnp.minimum(u, _just_below(ends[:, -1:])), jnp.zeros(u.shape, jnp.int32), blocks)
-    begins = jnp.take_along_axis(ends - within[..., -1], block, axis=-1)
-    total = jnp.take_along_axis(within[..., -1], block, axis=-1)
-    flat = within.reshape(within.shape[0], -1)
-    drawn = _first_above(flat, jnp.clip(u - begins, 0, _just_below(total)), block * size, size)
-    # A compiler may form a sum twice and round it apart, so a total can lie above its block's last sum, in the padding.
-    return jnp.minimum(drawn, vocabulary - 1)
+    weights = jnp.pad(weights, ((0, 0), (0, size * size * tokens - vocabulary))).reshape(-1, size * size, tokens)
+    blocks = jnp.cumsum(weights.sum(axis=-1).reshape(-1, size, size), axis=-1)
+    groups = jnp.cumsum(blocks[..., -1], axis=-1)[:, None]
+    u = jax.vmap(lambda key: jax.random.uniform(key, (k,), logits.dtype))(keys) * groups[..., -1]
+    group, u = _place(groups, u)
+    block, u = _place(jnp.take_along_axis(blocks, group[..., None], axis=1), u)
+    block += group * size
+    token, _ = _place(jnp.cumsum(jnp.take_along_axis(weights, block[..., None], axis=1), axis=-1), u)
+    return block * tokens + token
 
 
-def _just_below(x):
-    return jnp.nextafter(x, jnp.zeros_like(x))
+def _place(sums: Float[Array, "n k m"], u: Float[Array, "n k"]) -> tuple[Int[Array, "n k"], Float[Array, "n k"]]:
+    """The first of `sums`, ascending, that exceeds u, and what u exceeds the one before by.
 
-
-def _first_above(sums: Float[Array, "n m"], u: Float[Array, "n k"], start: Int[Array, "n k"], length: int):
-    """The first index of `sums[start : start + length]`, ascending, whose sum exceeds u, by bisection."""
-    low, high = start, start + length - 1
-    for _ in range(math.ceil(math.log2(length)) if length > 1 else 0):
-        middle = (low + high) // 2
-        above = jnp.take_along_axis(sums, middle, axis=-1) > u
-        low, high = jnp.where(above, low, middle + 1), jnp.where(above, middle, high)
-    return low
+    What rounding put beyond the last sum lies just below it: a weight of 0 is never found.
+    """
+    last = sums[..., -1]
+    u = jnp.minimum(u, jnp.nextafter(last, jnp.zeros_like(last)))
+    is_before = sums <= u[..., None]
+    return jnp.sum(is_before, axis=-1, dtype=jnp.int32), u - jnp.max(jnp.where(is_before, sums, 0), axis=-1)
