@@ -2,9 +2,10 @@
 with that prompt frozen and attached; the prompt stays with its task and is left out elsewhere.
 
 `--config=configs/promot.py` is ProMoT. What it is compared with: `:full` and `:prompt` (its second and its first stage
-alone), and the paper's ablations `:joint` (both at once), `:random` (a prompt that was never trained) and `:lora`
-(LoRA in place of the prompt). Optimizer, rates, label smoothing and dropout are published ones (0.3 for the
-prompt is PaLM's, 1e-3 for the model all models'); steps and prompt are smaller.
+alone), and the paper's variants `:one_shot` (a demonstration before each example of the second stage), `:joint` (both
+at once), `:random` (a prompt that was never trained) and `:lora` (LoRA in place of the prompt). Optimizer, rates, label
+smoothing and dropout are published ones (0.3 for the prompt is PaLM's, 1e-3 for the model all models'); steps and
+prompt are smaller.
 """
 
 import pathlib
@@ -24,15 +25,17 @@ def first_stage(tuner):
     )
 
 
-def second_stage(tuners, train=("params",)):
+def second_stage(tuners, train=("params",), shots=0):
     objective = c.spec("sft", label_smoothing=0.1)
-    return _stage("model", 60, 1e-3, objective, c.spec("adafactor", **RELATIVE), tuners=tuners, train=train)
+    return _stage(
+        "model", 60, 1e-3, objective, c.spec("adafactor", **RELATIVE), tuners=tuners, train=train, shots=shots
+    )
 
 
-def _stage(name, steps, rate, objective, optimizer, **what):
+def _stage(name, steps, rate, objective, optimizer, shots=0, **what):
     return c.stage(
         name=name,
-        data=c.data(str(TASK / "train.jsonl")),
+        data=c.data(str(TASK / "train.jsonl"), shots=shots),
         steps=steps,
         batch_size=8,
         sequence_length=128,
@@ -46,6 +49,7 @@ def _stage(name, steps, rate, objective, optimizer, **what):
 
 STAGES = {
     "promot": (first_stage(SOFT), second_stage((SOFT,))),
+    "one_shot": (first_stage(SOFT), second_stage((SOFT,), shots=1)),
     "full": (second_stage(()),),
     "prompt": (first_stage(SOFT),),
     "joint": (second_stage((SOFT,), train=("params", "prompt")),),

@@ -16,7 +16,7 @@ from luthier.objectives.objective import TokenLoss
 
 MODES = ("mc", "exact")
 BLOCK = 64  # tokens, at most, among which a draw is looked for one by one
-QUANTILES = (0.01, 0.1, 0.5, 0.9)  # probabilities of the target below which a share of positions is reported
+THRESHOLDS = (0.01, 0.1, 0.5, 0.9)  # probabilities of the target below which a share of positions is reported
 
 
 def one_token_rollout(
@@ -62,7 +62,7 @@ def one_token_rollout(
             mean_logit = jnp.sum(jnp.where(proposed > 0, proposed * logits, 0), axis=-1)
             loss = -((1 - beta) * hit_rate * logprob + beta * (mean_logit - log_z))
         gold = jnp.exp(logprob)
-        below = {f"gold_probability/below_{q}": gold < q for q in QUANTILES}
+        below = {f"gold_probability/below_{q}": gold < q for q in THRESHOLDS}
         return {"loss": loss, "hit_rate": hit_rate, "gold_probability": gold, **below, **metrics}
 
     return TokenLoss(token_fn, norm=norm)
