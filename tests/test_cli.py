@@ -167,6 +167,13 @@ def test_generate_from_every_source(model, tmp_path, capsys, monkeypatch):
     said(f"--input={tmp_path}/in.jsonl", f"--output={tmp_path}/deep/out.jsonl")
     assert [json.loads(line) for line in (tmp_path / "deep" / "out.jsonl").open()] == [first, second]
     assert said("--prompt=hi", "--user") == second["completion"] + "\n"
+    told, asked = {"role": "system", "content": "S"}, {"role": "user", "content": "hi"}
+    records = [{"prompt": [told, asked]}, {"prompt": [asked], "system": "S"}, {"prompt": "hi", "system": "S"}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    first, second, third = map(json.loads, said(f"--input={tmp_path}/in.jsonl", "--user").splitlines())
+    assert first == second == third and first["prompt"] == [told, asked]
+    assert cli.main([*ask, f"--input={tmp_path}/in.jsonl"]) == 2
+    assert "in.jsonl:3" in (error := capsys.readouterr().err) and "'system' stands beside" in error
 
 
 def test_generate_draws_by_seed(model, capsys):

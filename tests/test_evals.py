@@ -91,6 +91,15 @@ def test_few_shot_chats_become_turns(tmp_path):
     assert prompt[-1]["content"] == "Q9" and prompt[2]["content"] == prompt[1]["content"].replace("Q", "A")
 
 
+def test_a_prompt_alone_is_asked_after_its_system(tmp_path):
+    user = {"role": "user", "content": "Q"}
+    records = [{"prompt": [user], "system": "S"}, {"prompt": [user], "system": None}, {"prompt": "Q"}]
+    cases = read_cases(jsonl(tmp_path / "test.jsonl", records))
+    assert [case.prompt for case in cases] == [({"role": "system", "content": "S"}, user), (user,), "Q"]
+    with pytest.raises(LuthierError, match="'system' stands beside a prompt of plain text"):
+        read_cases(jsonl(tmp_path / "bad.jsonl", [{"prompt": "Q", "system": "S"}]))
+
+
 def test_verifier_asks_scores_and_writes(policy, tmp_path, monkeypatch):
     """The policy is replaced by one that is right three times in four."""
     records = [{"prompt": f"{i} + 1 =", "completion": f" {i + 1}"} for i in range(8)]

@@ -347,6 +347,19 @@ def test_a_context_beside_messages_is_read_as_sft_reads_it(tmp_path):
         assert made == {0: (SPOKEN_TO(system), "blue" + END, None), 1: (SPOKEN_TO(system), "red" + END, None)}
 
 
+def test_an_empty_context_is_none(tmp_path):
+    """`null` and "" are what tables write where there is nothing; another kind of value is an error."""
+    plain = {"prompt": "Sky?", "chosen": " blue", "rejected": " red"}
+    chat = {"prompt": [U("Sky?")], "chosen": [A("blue")], "rejected": [A("red")]}
+    spin = {"real": [U("Sky?"), A("blue")], "generated": [U("Sky?"), A("red")]}
+    for record in (plain, chat, spin):
+        without = answers_of(epoch_of(of(tmp_path, record)), 2)
+        for nothing in (None, ""):
+            assert answers_of(epoch_of(of(tmp_path, {**record, "system": nothing})), 2) == without
+    with pytest.raises(LuthierError, match="system.*is a number"):
+        of(tmp_path, {**chat, "system": 5})
+
+
 def test_a_context_beside_plain_text_is_an_error(tmp_path):
     for record in ({"chosen": " blue", "rejected": " red"}, {"completion": " blue", "label": True}):
         with pytest.raises(LuthierError, match="'system' stands beside a prompt of plain text"):

@@ -68,6 +68,18 @@ def test_tokens_scored_are_those_of_the_completion(policy):
     assert policy.tokenizer.decode(chat.token_ids) == "hello<|im_end|>"
 
 
+def test_a_system_beside_messages_is_read_as_in_training(policy):
+    told, asked, answer = (
+        [{"role": role, "content": text}] for role, text in (("system", "S"), ("user", "hi"), ("assistant", "yo"))
+    )
+    whole = {"prompt": told + asked, "completion": answer}
+    beside = {"prompt": asked, "completion": answer, "system": "S"}
+    (expected, found, own, none) = score(
+        policy, [whole, beside, {**whole, "system": "other"}, {**beside, "system": ""}]
+    )
+    assert found == own == expected and none.logprobs != expected.logprobs
+
+
 def test_no_array_of_batch_time_vocabulary(monkeypatch):
     """With a chunk limit of 2 rows × 8 places, the compiled program holds no larger logits."""
     module = __import__("luthier.decoding.score", fromlist=["_logprobs"])
@@ -90,6 +102,7 @@ def test_no_array_of_batch_time_vocabulary(monkeypatch):
     [
         ({"prompt": "a"}, "pair 0: no field 'completion'"),
         ({"prompt": "a", "completion": ""}, "pair 0: the completion is empty"),
+        ({"prompt": "a", "completion": "b", "system": "S"}, "'system' stands beside a prompt of plain text"),
         ({"prompt": "a" * 300, "completion": "b" * 300}, "exceed the context of 512"),
     ],
 )

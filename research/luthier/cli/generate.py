@@ -11,6 +11,8 @@ Examples:
 import argparse
 import json
 import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from luthier.cli import common
 from luthier.errors import LuthierError
@@ -55,9 +57,8 @@ def run(args: argparse.Namespace) -> int:
 
     sampling = _sampling(args)
     policy = common.load_policy(args)
-    wrapped = [[{"role": "user", "content": p}] if args.user and isinstance(p, str) else p for p in prompts]
     with common.places(where), common.progress("generate", len(prompts)) as report:
-        made = generate(policy, wrapped, sampling, batch_size=args.batch_size, progress=report)
+        made = generate(policy, prompts, sampling, batch_size=args.batch_size, progress=report)
     records = [
         {"prompt": prompt, "completion": m.text, "finish_reason": m.finish_reason} for prompt, m in zip(prompts, made)
     ]
@@ -78,7 +79,9 @@ def _sampling(args: argparse.Namespace):
 def _prompts(args: argparse.Namespace) -> tuple[list, list[str]]:
     """Prompts and where each came from."""
     if args.prompt:
-        return args.prompt, ["--prompt"] * len(args.prompt)
+        return [_asked({"prompt": text}, "--prompt", args.user) for text in args.prompt], ["--prompt"] * len(
+            args.prompt
+        )
     if args.input and args.input.endswith((".jsonl", ".json", ".parquet")):
         from luthier.data.sources import open_source
 
@@ -86,10 +89,7 @@ def _prompts(args: argparse.Namespace) -> tuple[list, list[str]]:
         places = [source.where(i) for i in range(len(source))]
         if not places:
             raise LuthierError("no records", where=args.input)
-        for i, place in enumerate(places):
-            if "prompt" not in source[i]:
-                raise LuthierError("no field 'prompt'", where=place, mend='Write {"prompt": …}')
-        return [source[i]["prompt"] for i in range(len(source))], places
+        return [_asked(source[i], place, args.user) for i, place in enumerate(places)], places
     if args.input:
         from etils import epath
 
@@ -98,7 +98,19 @@ def _prompts(args: argparse.Namespace) -> tuple[list, list[str]]:
         raise LuthierError("no prompt", mend="Give --prompt=TEXT, --input=FILE or --chat, or pipe text in")
     else:
         text = sys.stdin.read()
-    return [text.removesuffix("\n")], [args.input or "standard input"]
+    where = args.input or "standard input"
+    return [_asked({"prompt": text.removesuffix("\n")}, where, args.user)], [where]
+
+
+def _asked(record: Mapping[str, Any], where: str, is_user: bool) -> str | Sequence[Mapping[str, Any]]:
+    """The prompt of a record; of text, a message of the user's if that is asked for."""
+    from luthier.data.records import Format, prompt_of
+
+    if "prompt" not in record:
+        raise LuthierError("no field 'prompt'", where=where, mend='Write {"prompt": …}')
+    if is_user and isinstance(record["prompt"], str):
+        record = {**record, "prompt": [{"role": "user", "content": record["prompt"]}]}
+    return prompt_of(Format(), record, where)
 
 
 def _chat(args: argparse.Namespace) -> int:

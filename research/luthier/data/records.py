@@ -234,6 +234,15 @@ def with_system(messages: tuple[dict, ...], form: Format, fields: Mapping, where
     return (*form.messages([{"role": "system", "content": fields["system"]}], where, "system"), *messages)
 
 
+def prompt_of(form: Format, fields: Mapping, where: str) -> str | tuple[dict, ...]:
+    """The `prompt` of a record that is to be answered: text, or messages with the record's `system`."""
+    prompt = fields["prompt"]
+    if isinstance(prompt, str):
+        refuse_system(fields, where)
+        return prompt
+    return with_system(form.messages(prompt, where, "prompt"), form, fields, where)
+
+
 def refuse_system(fields: Mapping, where: str) -> None:
     """Plain text has no place for a `system` field.
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from luthier.data.records import Format, prompt_of, refuse_system
 from luthier.decoding import batching
 from luthier.decoding.policy import Policy
 from luthier.errors import LuthierError
@@ -34,9 +35,9 @@ def score(
 ) -> list[Score]:
     """Scores each `{"prompt", "completion"}`, in order.
 
-    Both are text or chat messages. An empty text prompt stands for the start of a text (BOS, or
-    EOS for a tokenizer without one). A completion of messages ends with its end-of-turn token;
-    one of text is scored as it is, without EOS.
+    Both are text or chat messages, these after the pair's `system` if it has one. An empty text prompt stands for the
+    start of a text (BOS, or EOS for a tokenizer without one). A completion of messages ends with its end-of-turn
+    token; one of text is scored as it is, without EOS.
 
     Raises:
       LuthierError: for an empty completion, or a pair longer than the context.
@@ -52,9 +53,11 @@ def split_pair(policy: Policy, pair: Mapping[str, Any], *, where: object = "pair
             raise LuthierError(f"no field {key!r}", where=where, mend='Write {"prompt": …, "completion": …}')
     prompt, completion = pair["prompt"], pair["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
+        refuse_system(pair, str(where))
         whole, context = policy.text_ids(prompt + completion), policy.text_ids(prompt)
     else:
-        prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        prompt = prompt_of(Format(), {**pair, "prompt": messages}, str(where))
         answer = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else list(completion)
         closers = [text for i in policy.eos_ids if (text := policy.tokenizer.token(i))]
         rendered = policy.chat(where).render_completion([*prompt, *answer], len(prompt), closers)

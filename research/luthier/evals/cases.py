@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from luthier.data.demonstrations import after_solved
-from luthier.data.records import Chat, Format, Text
+from luthier.data.records import Chat, Format, Text, prompt_of
 from luthier.data.sources import open_source
 from luthier.data.tokenize import Tokens, tokenize
 from luthier.decoding.policy import Policy, Prompt
@@ -74,8 +74,7 @@ def read_cases(data: str | Mapping[str, Any], limit: int | None = None) -> list[
 def _case(record: Mapping[str, Any], form: Format, where: str) -> Case:
     named = {key: record[theirs] for key, theirs in form.columns.items() if theirs in record} or record
     if "prompt" in named and "completion" not in named:
-        prompt = named["prompt"]
-        return Case(prompt if isinstance(prompt, str) else form.messages(prompt, where, "prompt"), None, record, where)
+        return Case(prompt_of(form, named, where), None, record, where)
     example = form.told(record, where).read(record, where)
     if isinstance(example, Text) and len(example.segments) == 2:
         prompt, answer = (segment.text for segment in example.segments)
