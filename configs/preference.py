@@ -11,7 +11,7 @@ from luthier import config as c
 TASK = pathlib.Path(__file__).parent / "tasks" / "chain_sum"
 _OF_PAIRS = (
     *("dpo", "hinge", "ipo", "exo", "robust", "nca", "bco", "sppo", "apo_zero", "apo_down", "spin", "discopop"),
-    *("sigmoid_norm", "aot", "aot_unpaired", "orpo", "cpo", "simpo", "alphapo"),
+    *("sigmoid_norm", "aot", "aot_unpaired", "orpo", "cpo", "simpo", "alphapo", "chosen_sft"),
 )
 # What is minimised, and the records.
 OBJECTIVES = {name: (c.spec(name), "pairs") for name in _OF_PAIRS} | {
@@ -28,7 +28,7 @@ OBJECTIVES = {name: (c.spec(name), "pairs") for name in _OF_PAIRS} | {
     "plackett_luce_dpo": (c.spec("plackett_luce_dpo"), "ranked"),
     "clha": (c.spec("clha"), "ranked"),
 }
-WITHOUT_REFERENCE = ("orpo", "cpo", "simpo", "alphapo", "clha")
+WITHOUT_REFERENCE = ("orpo", "cpo", "simpo", "alphapo", "chosen_sft", "clha")
 
 
 def get_config(loss: str = "dpo"):
