@@ -513,11 +513,11 @@ for method in ("DFT", "OTR"):
 
 # %% [markdown]
 # **Five seeds** ([the page](../docs/results/one_token_rollout.md)): SFT ends at 73% of `odd`, DFT at 36% and OTR at
-# 33%, and neither of the two gets beyond 37% at any of four rates. Beyond the task SFT is ahead of OTR too, by 36 points
-# in the other format and by 61 among five words; and OTR keeps less than SFT, by 7.5 points. So none of the claims
-# came out here. The start is right a fifth of the time and often prefers a wrong word, and a loss that goes by what
-# the model says already pulls least where the model is most wrong. The paper's models, billions of weights and mathematics they half
-# know, mostly give the right token the larger share: what happens there cannot be seen here.
+# 33%, and neither of the two gets beyond 37% at any of four rates. Beyond the task SFT is ahead of OTR too, by 36
+# points in the other format and by 61 among five words; and OTR keeps less than SFT, by 7.5 points. So none of the
+# claims came out here. The start is right a fifth of the time and often prefers a wrong word, and a loss that goes by
+# what the model says already pulls least where the model is most wrong. The paper's models, billions of weights and
+# mathematics they half know, mostly give the right token the larger share: what happens there cannot be seen here.
 #
 # ## From here
 #

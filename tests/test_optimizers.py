@@ -5,6 +5,7 @@ import numpy as np
 import optax
 import pytest
 
+from luthier.errors import LuthierError
 from luthier.optim import optimizers
 
 LAYERS, RATE, STEPS = 3, 0.02, 4
@@ -112,6 +113,17 @@ def test_adafactor_of_stacked_layers_is_that_of_each_alone(relative):
         updates, state = alone.update(apart(numbers(1 + step)), state, weights)
         weights = optax.apply_updates(weights, updates)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), apart(stacked), weights)
+
+
+def test_adafactor_does_not_take_layers_for_a_side():
+    weights = numbers(0)
+    optimizers.adafactor(lambda _: RATE, **FACTORED).init(weights)
+    few = optimizers.adafactor(lambda _: RATE, min_dim_size_to_factor=LAYERS)
+    with pytest.raises(LuthierError, match="min_dim_size_to_factor: 3 does not exceed the number of layers. Give 4"):
+        few.init(weights)
+    few.init({"layers": {"kernel": weights["layers"]["kernel"]}, "head": weights["head"]})  # its own sides are longer
+    with pytest.raises(LuthierError, match="Give 4"):
+        few.init({"layers": {"lora": np.ones((LAYERS, 10, 2))}})
 
 
 def test_lion_is_the_sign_of_an_interpolated_momentum():

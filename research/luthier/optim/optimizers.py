@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from luthier.errors import LuthierError
+
 
 def adamw(
     learning_rate: optax.Schedule,
@@ -67,10 +69,25 @@ def adafactor(
       decay_rate: c of the second moment's decay 1 − t⁻ᶜ.
       multiply_by_parameter_scale: the learning rate is relative to the weight's root mean square, at least 1e-3.
       clipping_threshold: the largest root mean square of an update before it meets the learning rate.
-      min_dim_size_to_factor: both sides of a matrix must have it, or its second moments are kept whole. It must
-        exceed the number of layers, or stacked vectors are taken for a matrix.
+      min_dim_size_to_factor: both sides of a matrix must have it, or its second moments are kept whole.
+
+    Raises:
+      LuthierError: at `init`, where that is so few that layers would be taken for the side of a matrix.
     """
-    chain = [optax.scale_by_factored_rms(decay_rate=decay_rate, min_dim_size_to_factor=min_dim_size_to_factor)]
+    factored = optax.scale_by_factored_rms(decay_rate=decay_rate, min_dim_size_to_factor=min_dim_size_to_factor)
+
+    def init(params):
+        for weight in (leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params) if _is_stacked(path)):
+            layers, *sides = weight.shape
+            if layers >= min_dim_size_to_factor and sides and sum(side > layers for side in sides) < 2:
+                raise LuthierError(
+                    f"{min_dim_size_to_factor} does not exceed the number of layers",
+                    where="optimizer.min_dim_size_to_factor",
+                    mend=f"Give {layers + 1} or more",
+                )
+        return factored.init(params)
+
+    chain = [optax.GradientTransformation(init, factored.update)]
     if clipping_threshold is not None:
         chain.append(_each_layer(optax.clip_by_block_rms(clipping_threshold)))
     chain.append(optax.scale_by_learning_rate(learning_rate, flip_sign=False))
@@ -88,13 +105,17 @@ def _each_layer(stateless: optax.GradientTransformation) -> optax.GradientTransf
 
     def update(updates, state, params):
         def of_leaf(path, update, weight):
-            is_stacked = any(getattr(part, "key", None) == "layers" for part in path)
             one = lambda update, weight: stateless.update(update, state, weight)[0]  # noqa: E731
-            return (jax.vmap(one) if is_stacked else one)(update, weight)
+            return (jax.vmap(one) if _is_stacked(path) else one)(update, weight)
 
         return jax.tree_util.tree_map_with_path(of_leaf, updates, params), state
 
     return optax.GradientTransformation(stateless.init, update)
+
+
+def _is_stacked(path) -> bool:
+    """Whether a leaf holds all layers, along its first axis."""
+    return any(getattr(part, "key", None) == "layers" for part in path)
 
 
 def sgd(
