@@ -1,8 +1,8 @@
 """ProMoT (S146, arXiv 2211.00635) on the laboratory model: the prompt takes the format, does the model keep the rest?
 
-    PYTHONPATH=benchmarks/studies python -m promot FOLDER [--study=promot|promot_tasks|promot_format] [--jobs=2]
+    PYTHONPATH=benchmarks/studies python -m promot FOLDER [--study=promot] [--jobs=2]
 
-`promot` teaches one task by every method of the paper's tables, `promot_tasks` two tasks at once and one after the
+`promot` teaches one task by every method of the paper's tables, `promot_slower` at lower rates; `promot_tasks` two tasks at once and one after the
 other, and `promot_format` follows the gradients of plain fine-tuning. Directions, rates and seeds: plans.yaml.
 """
 
@@ -19,6 +19,7 @@ from laboratory import MODEL, suite
 from luthier import config as c
 from luthier.reporting.workdir import Evaluation
 
+STUDIES = ("promot", "promot_slower", "promot_tasks", "promot_format")
 TARGET, SECOND = "ordered", "translate"
 ROWS, LENGTH = 2, 256
 PROMPT_STEPS, STEPS = 100, 200
@@ -147,7 +148,7 @@ def further(evaluations: Sequence[Evaluation]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=pathlib.Path)
-    parser.add_argument("--study", default="promot", choices=("promot", "promot_tasks", "promot_format"))
+    parser.add_argument("--study", default="promot", choices=STUDIES)
     parser.add_argument("--jobs", type=int, default=1, help="cells at a time, a core each")
     chosen = parser.parse_args()
     write_data(chosen.folder / "records")
