@@ -1,6 +1,6 @@
 """Compiles the real train step for TPU slices that are not here, and tabulates what it needs.
 
-    pip install 'luthier[aot]' && python benchmarks/aot.py            # all rows, some minutes each; 2.5 GiB of memory
+    pip install -e '.[aot]' && python benchmarks/aot.py               # all rows, some minutes each; 2.5 GiB of memory
     python benchmarks/aot.py llama3-8b-full-v5e:4x4                   # some of them, by name
     python benchmarks/aot.py --table                                  # none: the table of docs/scaling.md
 
@@ -15,6 +15,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from importlib import metadata
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = pathlib.Path(__file__).parent / "results" / "aot.json"
@@ -73,7 +74,8 @@ def measure(row: Row) -> dict:
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TPU_SKIP_MDS_QUERY": "1"})
     if done.returncode not in (0, 1):
         return {"name": row.name, "error": done.stderr[-1000:]}
-    record = {"name": row.name, "bar_gib": row.bar, **json.loads(out.read_text())}
+    versions = {name: metadata.version(name) for name in ("jax", "libtpu")}
+    record = {"name": row.name, "bar_gib": row.bar, "versions": versions, **json.loads(out.read_text())}
     out.unlink()
     return record
 

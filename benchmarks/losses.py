@@ -143,9 +143,10 @@ def main() -> None:
     for name, row in table.items():
         print(f"{name:25} " + "  ".join(f"{key} {value:.3f}" for key, value in row.items()))
     known = json.loads(options.out.read_text()) if options.out.exists() else {}
-    known["aot" if options.aot else "cpu"] = {"ratios": table, "runs": runs}
+    of = machine.facts("jax", "jaxlib", *(["libtpu"] if options.aot else []))
+    known["aot" if options.aot else "cpu"] = {"ratios": table, "machine": of, "runs": runs}
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({**known, "machine": machine.facts("jax", "jaxlib")}, indent=1) + "\n")
+    options.out.write_text(json.dumps(known, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -399,7 +399,7 @@ def run_all(options: argparse.Namespace, pythons: dict, missing: dict) -> list[d
                 missing[workload] = str(failure)[-500:]
                 print(f"{workload} is left out: {failure}", flush=True)
                 continue
-            runs.append(run)
+            runs.append({**run, "repeat": repeat})
             took = f"{median(run):6.0f} ms {run['peak_gib']:5.2f} GiB"
             print(f"{repeat + 1}/{options.repeats} {workload:18} {took}", flush=True)
     return runs
@@ -422,6 +422,8 @@ def main() -> None:
     if options.worker:
         print(json.dumps(measure(options.worker, options.steps)), flush=True)
         os._exit(0)  # before what the libraries print at their end
+    if set(options.workloads) != set(WORKLOADS) and options.out == RESULTS:
+        parser.error("some of the workloads would replace the results of all: give --out")
     pythons, used, missing = prepare(options.workloads, options.environments)
     runs = run_all(options, pythons, missing)
     table = summary(runs)
@@ -442,15 +444,16 @@ def median(run: dict) -> float:
 def summary(runs: list[dict]) -> dict:
     """Medians over the rounds; `luthier_over_it` is the median of luthier's time over the peer's in the same round."""
     table = {}
-    ours = [median(run) for run in runs if run["workload"] == "luthier"]
+    ours = {run["repeat"]: median(run) for run in runs if run["workload"] == "luthier"}
     for workload in dict.fromkeys(run["workload"] for run in runs):
         mine = [run for run in runs if run["workload"] == workload]
         times = [median(run) for run in mine]
+        ratios = [ours[run["repeat"]] / median(run) for run in mine if run["repeat"] in ours]
         table[workload] = {
             "milliseconds": statistics.median(times),
             "fastest": min(times),
             "slowest": max(times),
-            "luthier_over_it": statistics.median(a / b for a, b in zip(ours, times)) if ours else None,
+            "luthier_over_it": statistics.median(ratios) if ratios else None,
             "peak_gib": statistics.median(run["peak_gib"] for run in mine),
             "start_seconds": statistics.median(run["start_seconds"] for run in mine),
             "first_loss": mine[0]["first_loss"],

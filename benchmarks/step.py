@@ -1,6 +1,6 @@
 """Time and memory of one training step, beside plain torch/transformers and its `torch.compile`.
 
-    pip install 'luthier[parity]' && python benchmarks/step.py
+    pip install -e '.[parity]' && python benchmarks/step.py
 
 SmolLM2-135M's shapes with random weights, batch 4 × 256 without padding, float32, AdamW, on a few CPU cores. `sft`
 trains every weight; `lora` trains rank 16 on all linear maps (PEFT on torch's side); `otr` is `sft` with one-token
@@ -360,10 +360,12 @@ def show(table: dict) -> None:
 
 
 def versions() -> dict:
+    """Of Python and of the libraries that are installed."""
     from importlib import metadata
 
     names = ("luthier", "jax", "jaxlib", "flax", "optax", "torch", "transformers", "peft")
-    return {"python": platform.python_version(), **{name: metadata.version(name) for name in names}}
+    installed = {found.name for found in metadata.distributions()}
+    return {"python": platform.python_version(), **{n: metadata.version(n) for n in names if n in installed}}
 
 
 def main() -> None:
@@ -381,6 +383,8 @@ def main() -> None:
     if options.worker:
         print(json.dumps(measure(options.worker, options)))
         return
+    if set(options.workloads) != set(WORKLOADS) and options.out == RESULTS:
+        parser.error("some of the workloads would replace the results of all: give --out")
     runs = []
     for repeat in range(options.repeats):
         for workload in options.workloads:

@@ -145,21 +145,30 @@ def splash():
 
 
 def steps():
-    """The real step gives the same loss on every mesh, and nothing large lies whole on a device: neither what goes in
-    and comes out, by the compiled program's shardings, nor any array with all rows and all time on the way."""
+    """The real step of packed rows gives the same loss on every mesh, and nothing large lies whole on a device: neither
+    what goes in and comes out, by the compiled program's shardings, nor any array with all rows and all time on the
+    way."""
+    for method in ("full", "lora"):
+        _steps(method)
+
+
+def _steps(method):
     batch, length = 24, 80
     few = ["model.compute_dtype=float32", f"stages[0].batch_size={batch}", f"stages[0].sequence_length={length}"]
-    recipe = configs.load("configs/pod.py", few)
+    recipe = configs.load(f"configs/pod.py:{method}", few)
     shape = tiny_policy.config(hidden_size=64, intermediate_size=160, num_attention_heads=8, num_key_value_heads=4)
     losses = {}
     for sizes in [(8, 1, 1, 1), (1, 2, 1, 4), (1, 2, 2, 2)]:
         s = sharder(sizes)
         step, arguments, _ = abstract_step(recipe, recipe.stages[0], shape, s, "float32")
         compiled = step.lower(*arguments).compile()
-        (state_in, _, _), _ = compiled.input_shardings
+        (state_in, frozen_in, _), _ = compiled.input_shardings
         parts = s.size("fsdp") * s.size("sequence")
-        for found in (state_in, compiled.output_shardings[0]):
-            for leaf, where in zip(jax.tree.leaves(arguments[0]), jax.tree.leaves(found), strict=True):
+        state, frozen, _ = arguments
+        walked = [(state, state_in), (state, compiled.output_shardings[0])]
+        # Of a LoRA the second matrix lies whole on the chips of `fsdp`.
+        for of, found in [(frozen, frozen_in)] if method == "lora" else walked:
+            for leaf, where in zip(jax.tree.leaves(of), jax.tree.leaves(found), strict=True):
                 if leaf.size > 1000:
                     assert math.prod(where.shard_shape(leaf.shape)) <= leaf.size // parts, (sizes, leaf, where)
         widths = re.findall(rf"f32\[{batch},{length},(\d+)", compiled.as_text())
@@ -365,14 +374,18 @@ def values(state, frozen, batch):
     state, frozen, batch = jax.tree.map_with_path(value, (state, frozen, batch))
     state = state.replace(opt_state=jax.tree.map(lambda x: x * 0, state.opt_state))
     rows = batch["tokens"].shape
-    batch |= {
-        "segment_ids": jax.device_put(jnp.ones(rows, jnp.int32), batch["tokens"].sharding),
-        "positions": jax.device_put(jnp.arange(rows[1])[None].repeat(rows[0], 0), batch["tokens"].sharding),
-        "loss_weights": jax.device_put(jnp.ones(rows), batch["tokens"].sharding),
-    }
+    time = np.arange(rows[1])
+    ids, positions, weights = np.ones_like(time), time, np.ones(rows[1], np.float32)
     if "scores" in batch:  # two answers a row
-        halves = np.arange(rows[1])[None].repeat(rows[0], 0) // (rows[1] // 2)
-        batch["segment_ids"] = jax.device_put(jnp.asarray(halves + 1, jnp.int32), batch["tokens"].sharding)
+        ids = time // (rows[1] // 2) + 1
+    elif "prompt_slots" not in batch:  # two texts a row, then padding
+        ends = (rows[1] * 3 // 8, rows[1] * 7 // 8)
+        ids = np.where(time < ends[0], 1, np.where(time < ends[1], 2, 0))
+        positions = time - np.where(ids == 2, ends[0], 0)
+        weights = weights * (ids > 0)
+    for name, row in (("segment_ids", ids), ("positions", positions), ("loss_weights", weights)):
+        value = jnp.asarray(row, batch[name].dtype)[None].repeat(rows[0], 0)
+        batch[name] = jax.device_put(value, batch["tokens"].sharding)
     if "prompt_slots" in batch:
         slots = np.full(rows, -1, np.int32)
         slots[:, :4] = np.arange(4) + 4 * (np.arange(rows[0]) % 2)[:, None]
