@@ -2,8 +2,9 @@
 
     PYTHONPATH=benchmarks/studies python -m promot FOLDER [--study=promot] [--jobs=2]
 
-`promot` teaches one task by every method of the paper's tables, `promot_slower` at lower rates; `promot_tasks` two tasks at once and one after the
-other, and `promot_format` follows the gradients of plain fine-tuning. Directions, rates and seeds: plans.yaml.
+`promot` teaches one task by every method of the paper's tables, `promot_slower` the same at lower rates,
+`promot_tasks` two tasks at once and one after the other, and `promot_format` follows the gradients of plain
+fine-tuning. Directions, rates and seeds: plans.yaml.
 """
 
 import argparse
@@ -49,14 +50,15 @@ def stages_of(method: str, rate: float, folder: pathlib.Path) -> tuple:
     first_lora = functools.partial(_stage, name="first", steps=PROMPT_STEPS, tuners=(FIRST_LORA,), optimizer=adamw)
     model = functools.partial(_stage, rate, name="model", steps=STEPS, train=("params",))
     both, prompts = (data(), data(SECOND)), c.spec("prompt_tuning", length=10, prompts=2)
-    own = (data(), data(SECOND, prompt=1))
+    own, untrained = (data(), data(SECOND, prompt=1)), c.spec("prompt_tuning", length=10, init="uniform")
     return {
         "full": lambda: (model(data()),),
         "full-1shot": lambda: (model(data(shots=1)),),
         "lora": lambda: (model(data(), tuners=(c.spec("lora", rank=8, alpha=16.0),), train=(), optimizer=adamw),),
         "prompt": lambda: (prompt(rate, data()),),
         "joint": lambda: (model(data(), tuners=(PROMPT,), train=("params", "prompt")),),
-        "random": lambda: (model(data(), tuners=(c.spec("prompt_tuning", length=10, init="uniform"),)),),
+        "random": lambda: (model(data(), tuners=(untrained,)),),
+        "random-fast": lambda: (model(data(), tuners=(untrained,)),),
         "lora-first": lambda: (first_lora(3e-3, data()), model(data(), tuners=(FIRST_LORA,))),
         "promot": lambda: (prompt(PROMPT_RATE, data()), model(data(), tuners=(PROMPT,))),
         "promot-1shot": lambda: (prompt(PROMPT_RATE, data()), model(data(shots=1), tuners=(PROMPT,))),
