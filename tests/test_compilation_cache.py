@@ -1,4 +1,4 @@
-"""Compiled programs are kept where they should be, or not at all."""
+"""Programs are compiled once, and kept where they should be or not at all."""
 
 import os
 import pathlib
@@ -7,8 +7,12 @@ import sys
 
 import jax
 import pytest
+import tiny_run
+from compilations import count_compilations
 
+from luthier import config, train
 from luthier.parallel.compilation_cache import keep_programs
+from luthier.training.metrics import MetricsWriter
 
 PROGRAM = """
 import jax, time
@@ -72,3 +76,24 @@ def test_what_the_user_set_stays_and_what_cannot_be_written_is_not_used(tmp_path
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "mine"))
     keep_programs()
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / "mine")
+
+
+def test_a_run_compiles_nothing_after_its_first_checkpoint(tmp_path, monkeypatch):
+    """Of full fine-tuning and of a LoRA after it, with rows of other lengths, checkpoints and an average beside."""
+    how = "data=DATA, steps=10, batch_size=4, sequence_length=64"
+    stages = (
+        f'c.stage({how}, micro_batches=2, ema=0.9, name="full"), c.stage({how}, tuners=(c.spec("lora"),), name="lora")'
+    )
+    recipe = tiny_run.write_run(tmp_path, stages, every=3)
+    write, compiled_before = MetricsWriter.write, {}
+    with count_compilations() as compiled:
+
+        def heard(writer, step, values):
+            compiled_before[step] = list(compiled)
+            write(writer, step, values)
+
+        monkeypatch.setattr(MetricsWriter, "write", heard)
+        train(config.load(str(recipe)), tmp_path / "run")
+    assert compiled_before[4] and len(compiled_before[14]) > len(compiled_before[10])  # the first steps of either
+    assert compiled_before[10] == compiled_before[4]
+    assert compiled_before[20] == compiled_before[14]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import tiny_policy
+from compilations import count_compilations
 
 from luthier.decoding import Sampling, generate, sampling
 from luthier.errors import LuthierError
@@ -185,22 +186,6 @@ def test_steady_state_compiles_nothing(policy):
             batch_size=4,
         )
     assert not compiled
-
-
-class count_compilations:
-    """Collects the names of programs that jax compiles."""
-
-    def __enter__(self):
-        self.names = []
-        jax.monitoring.register_event_duration_secs_listener(self._heard)
-        return self.names
-
-    def _heard(self, event, seconds, **details):
-        if event == "/jax/core/compile/backend_compile_duration":
-            self.names.append(details.get("fun_name", event))
-
-    def __exit__(self, *_):
-        jax.monitoring.unregister_event_duration_listener(self._heard)
 
 
 def test_chat_and_token_prompts(policy):
