@@ -39,6 +39,13 @@ def test_a_step_for_four_chips(recipe, libtpu, tmp_path, capsys):
     record = json.loads(out.read_text())
     assert record["fits"] and 0 < record["peak"] < 2**30
     assert record["bound_seconds"] == max(record["bounds"].values())
+    # What a chip holds, by kind: the compiler's count of all arguments, but for padding and steps.
+    held = record["held"]
+    assert sum(held.values()) == pytest.approx(record["arguments"], rel=0.05)
+    assert held.keys() - {"frozen weights"} == {"trained weights", "optimizer state", "batch"}
+    # A first moment in bfloat16 and a second in float32, of the float32 weights.
+    assert held["optimizer state"] == pytest.approx(1.5 * held["trained weights"], rel=0.001)
+    assert all(f"  {kind}" in shown.out for kind in held)
     kinds = {(one["kind"], one["axes"]) for one in record["collectives"]}
     assert ("all-gather", "fsdp") in kinds and ("reduce-scatter", "fsdp") in kinds
 
@@ -60,7 +67,8 @@ def test_a_search_lists_what_fits(recipe, libtpu, tmp_path, capsys):
 def test_what_does_not_fit_is_said(libtpu, capsys):
     words = ["--topology=v5e:1x1", "--model=llama3-8b", "--config.stages[0].batch_size=1"]
     assert main(["compile-check", "--config=configs/pod.py", *words]) == 1
-    assert "does not fit" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "does not fit" in shown and "optimizer state" in shown  # so that it is seen what does not
 
 
 @pytest.mark.parametrize(

@@ -136,10 +136,13 @@ def _summary(check):
     table.add_row("tokens a step", f"{check.tokens:,}")
     if check.peak is None:
         table.add_row("memory a chip", f"the compiler refused: {check.refusal}")
+    else:
+        table.add_row("peak memory a chip", f"{gib(check.peak)} of {gib(check.capacity)}")
+    for kind, count in check.held.items():
+        table.add_row(f"  {kind}", gib(count))
+    if check.peak is None:
         return table
-    table.add_row("peak memory a chip", f"{gib(check.peak)} of {gib(check.capacity)}")
-    table.add_row("  weights, state, batch", gib(check.arguments))
-    table.add_row("  temporaries", gib(check.temporaries))
+    table.add_row("  at once beside them", gib(check.peak - check.arguments))
     table.add_row("FLOPs a chip and step", f"{check.flops:.3g}, of them useful {check.model_flops / check.flops:.0%}")
     for name, seconds in check.bounds.items():
         table.add_row(f"bound by {name}", f"{seconds:.3f} s")

@@ -24,7 +24,7 @@ from luthier.training.flops import causal_share, matmul_flops
 from luthier.training.hlo import Collective, collectives
 from luthier.training.run import config_sharder, make_model, model_flops_per_token
 from luthier.training.stages import make_stage_step, make_update, resolve_stages
-from luthier.training.state import abstract_state
+from luthier.training.state import TrainState, Variables, abstract_state
 from luthier.training.step import check_batch, jit_step
 
 GIB = 2**30
@@ -117,8 +117,11 @@ class Check:
     """What one compilation says; bytes and operations are a chip's.
 
     Attributes:
+      held: bytes of what lies there all the time, by kind.
       peak: bytes of memory at once; None where the compiler refused.
       refusal: what it said then.
+      arguments: bytes of what is held, as the compiler lays it out.
+      temporaries: bytes of everything else, most of them not at one time.
       collectives: None where the program's text can't be had.
       bounds: {what: seconds} that a step needs at least.
       price: dollars a chip and hour.
@@ -131,6 +134,7 @@ class Check:
     compile_seconds: float
     capacity: float
     peak_flops: float
+    held: Mapping[str, int] = dataclasses.field(default_factory=dict)
     peak: int | None = None
     refusal: str | None = None
     arguments: int = 0
@@ -191,6 +195,7 @@ def check(
         compile_seconds=0.0,
         capacity=place.chip.capacity,
         peak_flops=place.chip.flops,
+        held=_held(*arguments),
     )
     try:
         compiled = traced.lower().compile()
@@ -279,6 +284,18 @@ def abstract_step(config: ConfigDict, stage: ConfigDict, shape: ModelConfig, sha
         )
     step = jit_step(make_stage_step(resolved, update), state, sharder.device().platform)
     return step, (state, frozen, batch), model_flops_per_token(resolved) * math.prod(rows)
+
+
+def _held(state: TrainState, frozen: Variables, batch: Mapping[str, Any]) -> dict[str, int]:
+    """A chip's bytes of a step's arguments, by kind, those of none left out."""
+
+    def size(tree) -> int:
+        leaves = jax.tree.leaves(tree)
+        return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+
+    kinds = {"trained weights": state.trainable, "optimizer state": state.opt_state, "average of weights": state.ema}
+    kinds |= {"frozen weights": frozen, "batch": batch}
+    return {kind: count for kind, tree in kinds.items() if (count := size(tree))}
 
 
 def advice(check: Check) -> list[str]:
