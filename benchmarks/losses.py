@@ -1,12 +1,12 @@
 """What a loss costs beside supervised fine-tuning on the same tokens: time and memory of its gradient.
 
-    python benchmarks/losses.py            # SmolLM2-135M's shapes, on this CPU; about 10 minutes on 2 cores
+    python benchmarks/losses.py            # SmolLM2-135M's shapes, on this CPU; about 15 minutes on 2 cores
     python benchmarks/losses.py --aot      # the real step compiled for one v5e chip instead; needs luthier[aot]
 
-Every loss has a process of its own for its peak memory (VmHWM, compilation included); processes alternate. Times
-are CPU seconds of all threads and wall seconds of one gradient of all weights, medians over steps and repeats; ratios
-are to `sft` of the same repeat. With `--aot`: FLOPs, bytes moved and peak memory by libtpu's own account, with
-bfloat16 activations.
+Every loss has a process of its own for its peak memory (VmHWM, compilation included), and one in which its gradient
+of all weights takes turns with that of `sft`, so that a slow spell of the machine hits both: reported are medians of
+the ratios of neighbours, in CPU seconds of all threads and in wall seconds. With `--aot`: FLOPs, bytes moved and peak
+memory by libtpu's own account, with bfloat16 activations.
 """
 
 import argparse
@@ -32,8 +32,31 @@ BATCH, TIME, ANSWERS = 4, 256, 2
 RESULTS = pathlib.Path(__file__).parent / "results" / "losses.json"
 
 
-def measure(name: str, count: int) -> dict:
-    """CPU and wall seconds of each of `count` gradients after the first, and the peak memory."""
+def memory(name: str) -> dict:
+    """The peak memory of a process that makes two gradients."""
+    run = gradient(name)
+    run(0), run(1)
+    return {"loss": name, "peak_mib": machine.peak_mib()}
+
+
+def times(name: str, count: int) -> dict:
+    """Seconds of `count` gradients after the first, each beside one of `sft`, and the medians of their ratios."""
+    runs = {"sft": gradient("sft"), name: gradient(name)}
+    for run in runs.values():
+        run(0)
+    seconds = {kind: {which: [] for which in runs} for kind in ("cpu", "wall")}
+    for number in range(1, count + 1):
+        for which, run in runs.items():
+            start = time.process_time(), time.perf_counter()
+            run(number)
+            seconds["cpu"][which].append(time.process_time() - start[0])
+            seconds["wall"][which].append(time.perf_counter() - start[1])
+    ratio = {kind: statistics.median(a / b for a, b in zip(by[name], by["sft"])) for kind, by in seconds.items()}
+    return {"loss": name, **ratio, "seconds": seconds}
+
+
+def gradient(name: str):
+    """A function that makes the gradient of all weights, of the given number's random draws, and waits for it."""
     import flax.linen as nn
     import jax
     import jax.numpy as jnp
@@ -72,13 +95,7 @@ def measure(name: str, count: int) -> dict:
         objective = sequence_objective(loss, ANSWERS, sharder, reference=compared)
     frozen = {"reference": params} if compared else {}
     gradients = jax.jit(make_gradients(bound, objective))
-    times = []
-    for number in range(count + 1):
-        start = time.process_time(), time.perf_counter()
-        jax.block_until_ready(gradients(params, frozen, batch, jnp.int32(number)))
-        times.append((time.process_time() - start[0], time.perf_counter() - start[1]))
-    cpu, wall = (statistics.median(t[i] for t in times[1:]) for i in (0, 1))
-    return {"loss": name, "cpu_seconds": cpu, "wall_seconds": wall, "peak_mib": machine.peak_mib()}
+    return lambda number: jax.block_until_ready(gradients(params, frozen, batch, jnp.int32(number)))
 
 
 def compiled(name: str) -> dict:
@@ -106,45 +123,43 @@ def compiled(name: str) -> dict:
     return {"loss": name, "flops": cost["flops"], "bytes": cost["bytes accessed"], "peak_mib": peak / 2**20}
 
 
-def ratios(runs: list[dict]) -> dict[str, dict[str, float]]:
-    """Medians over the repeats of each figure's ratio to `sft` of the same repeat."""
-    table = {}
-    for name in dict.fromkeys(run["loss"] for run in runs):
-        mine = [(run, next(r for r in runs if r["loss"] == "sft" and r["repeat"] == run["repeat"])) for run in runs]
-        mine = [(run, plain) for run, plain in mine if run["loss"] == name]
-        keys = [key for key in mine[0][0] if key not in ("loss", "repeat")]
-        table[name] = {key: statistics.median(run[key] / plain[key] for run, plain in mine) for key in keys}
-    return table
+def over_sft(runs: list[dict], key: str) -> dict[str, float]:
+    plain = next(run[key] for run in runs if run["loss"] == "sft")
+    return {run["loss"]: run[key] / plain for run in runs}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=3, help="processes a loss, alternated")
-    parser.add_argument("--steps", type=int, default=4, help="timed gradients a process, after one untimed")
+    parser.add_argument("--steps", type=int, default=6, help="timed gradients of either, after an untimed one")
     parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES), help="beside `sft`")
     parser.add_argument("--aot", action="store_true", help="compile for a v5e chip instead of running")
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
     parser.add_argument("--worker", choices=LOSSES, help=argparse.SUPPRESS)
+    parser.add_argument("--what", choices=("memory", "times", "compiled"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        print(json.dumps(compiled(options.worker) if options.aot else measure(options.worker, options.steps)))
+        arguments = (options.worker, options.steps) if options.what == "times" else (options.worker,)
+        print(json.dumps(globals()[options.what](*arguments)))
         return
-    runs, words = [], [f"--steps={options.steps}", *(["--aot"] if options.aot else [])]
-    for repeat in range(1 if options.aot else options.repeats):
-        for name in dict.fromkeys(("sft", *options.losses)):
-            found = steps.apart(__file__, name, words, cores=2)
-            runs.append({**found, "repeat": repeat})
-            print(
-                " ".join(
-                    f"{key}={value:.4g}" if isinstance(value, float) else str(value) for key, value in found.items()
-                )
-            )
-    table = ratios(runs)
-    for name, row in table.items():
+    names, found = dict.fromkeys(("sft", *options.losses)), {}
+    for what in ("compiled",) if options.aot else ("memory", "times"):
+        words = [f"--what={what}", f"--steps={options.steps}"]
+        found[what] = []
+        for name in [one for one in names if what != "times" or one != "sft"]:
+            run = steps.apart(__file__, name, words, cores=2)
+            found[what].append(run)
+            print(" ".join(f"{key}={value:.4g}" for key, value in run.items() if isinstance(value, float)), name)
+    if options.aot:
+        table = {key: over_sft(found["compiled"], key) for key in ("flops", "bytes", "peak_mib")}
+    else:
+        table = {"peak_mib": over_sft(found["memory"], "peak_mib")}
+        table |= {kind: {run["loss"]: run[kind] for run in found["times"]} for kind in ("cpu", "wall")}
+    ratios = {name: {key: row[name] for key, row in table.items() if name in row} for name in names}
+    for name, row in ratios.items():
         print(f"{name:25} " + "  ".join(f"{key} {value:.3f}" for key, value in row.items()))
-    known = json.loads(options.out.read_text()) if options.out.exists() else {}
     of = machine.facts("jax", "jaxlib", *(["libtpu"] if options.aot else []))
-    known["aot" if options.aot else "cpu"] = {"ratios": table, "machine": of, "runs": runs}
+    known = json.loads(options.out.read_text()) if options.out.exists() else {}
+    known["aot" if options.aot else "cpu"] = {"ratios": ratios, "machine": of, "runs": found}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(known, indent=1) + "\n")
 
