@@ -117,11 +117,11 @@ class Check:
     """What one compilation says; bytes and operations are a chip's.
 
     Attributes:
-      held: bytes of what lies there all the time, by kind.
       peak: bytes of memory at once; None where the compiler refused.
       refusal: what it said then.
       arguments: bytes of what is held, as the compiler lays it out.
       temporaries: bytes of everything else, most of them not at one time.
+      held: bytes of what lies there all the time, by kind.
       collectives: None where the program's text can't be had.
       bounds: {what: seconds} that a step needs at least.
       price: dollars a chip and hour.
@@ -134,11 +134,11 @@ class Check:
     compile_seconds: float
     capacity: float
     peak_flops: float
-    held: Mapping[str, int] = dataclasses.field(default_factory=dict)
     peak: int | None = None
     refusal: str | None = None
     arguments: int = 0
     temporaries: int = 0
+    held: Mapping[str, int] = dataclasses.field(default_factory=dict)
     flops: float = 0.0
     model_flops: float = 0.0
     collectives: tuple[Collective, ...] | None = None
