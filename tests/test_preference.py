@@ -372,9 +372,8 @@ def test_a_ranking_does_not_compare_equals():
     }.items():
         scored = x._replace(scores=jnp.broadcast_to(jnp.array(scores), r.shape))
         np.testing.assert_allclose(call(of_ranked.plackett_luce_dpo(beta=0.2), scored)[0], expected, rtol=1e-5)
-    weighted = of_ranked.plackett_luce_dpo(
-        beta=0.2, weights=(0.5, 2.0, 4.0)
-    )  # 2 is of the second, which is a first here
+    # The second weight is of the second place, which nobody has where two are first.
+    weighted = of_ranked.plackett_luce_dpo(beta=0.2, weights=(0.5, 2.0, 4.0))
     both_first = x._replace(scores=jnp.broadcast_to(jnp.array((0.0, 2.0, 2.0, 1.0)), r.shape))
     expected = 0.5 * (rest(0, 1, 3) - r[:, 1] + rest(0, 2, 3) - r[:, 2]) + 4 * (rest(0, 3) - r[:, 3])
     np.testing.assert_allclose(call(weighted, both_first)[0], expected, rtol=1e-5)

@@ -79,9 +79,8 @@ def _sampling(args: argparse.Namespace):
 def _prompts(args: argparse.Namespace) -> tuple[list, list[str]]:
     """Prompts and where each came from."""
     if args.prompt:
-        return [_asked({"prompt": text}, "--prompt", args.user) for text in args.prompt], ["--prompt"] * len(
-            args.prompt
-        )
+        places = ["--prompt"] * len(args.prompt)
+        return [_asked({"prompt": text}, place, args.user) for text, place in zip(args.prompt, places)], places
     if args.input and args.input.endswith((".jsonl", ".json", ".parquet")):
         from luthier.data.sources import open_source
 
