@@ -1,5 +1,6 @@
 """Signals: one process stops after its step; several stop after the same one."""
 
+import http.server
 import os
 import signal
 import socket
@@ -7,9 +8,11 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.parse
 
 import pytest
 
+from luthier.training import maintenance
 from luthier.training.signals import EXIT_PREEMPTED, Preempted, Preemption
 
 
@@ -46,6 +49,81 @@ def test_outside_the_main_thread_nothing_is_taken():
 
 def test_the_message_tells_where_it_goes_on():
     assert "step 12" in str(Preempted(12)) and EXIT_PREEMPTED == 75
+
+
+class Metadata(http.server.BaseHTTPRequestHandler):
+    """A metadata server whose values the test gives one by one; a version is the number of values so far."""
+
+    values: list[str]
+    changed = threading.Condition()
+
+    def do_GET(self):
+        address = urllib.parse.urlsplit(self.path)
+        asked = dict(urllib.parse.parse_qsl(address.query))
+        assert address.path == "/computeMetadata/v1/instance/maintenance-event"
+        assert self.headers["Metadata-Flavor"] == "Google"
+        with self.changed:
+            if asked.get("wait_for_change") == "true":
+                self.changed.wait_for(lambda: asked["last_etag"] != str(len(self.values)), float(asked["timeout_sec"]))
+            value, etag = self.values[-1], str(len(self.values))
+        self.send_response(200)
+        self.send_header("ETag", etag)
+        self.end_headers()
+        self.wfile.write(value.encode())
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def metadata(monkeypatch):
+    """Says another value to those who ask."""
+    with http.server.ThreadingHTTPServer(("localhost", 0), Metadata) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("GCE_METADATA_HOST", f"localhost:{server.server_port}")
+        monkeypatch.setattr(maintenance, "WAIT_S", 1)
+
+        def say(*values):
+            with Metadata.changed:
+                Metadata.values = [*getattr(Metadata, "values", []), *values]
+                Metadata.changed.notify_all()
+
+        Metadata.values = []
+        yield say
+        server.shutdown()
+
+
+def stops(preemption, within_s):
+    until = time.monotonic() + within_s
+    while not preemption.requested(1) and time.monotonic() < until:
+        time.sleep(0.02)
+    return preemption.requested(1)
+
+
+def test_a_notice_of_maintenance_asks_the_loop_to_stop(metadata):
+    metadata("NONE")
+    with Preemption() as preemption:
+        assert not stops(preemption, 1.5)  # Longer than one question waits.
+        metadata("MIGRATE_ON_HOST_MAINTENANCE")
+        assert not stops(preemption, 0.3)
+        metadata("TERMINATE_ON_HOST_MAINTENANCE")
+        assert stops(preemption, 20)
+
+
+def test_a_notice_that_stood_before_stops_nothing(metadata):
+    metadata("TERMINATE_ON_HOST_MAINTENANCE")
+    with Preemption() as preemption:
+        assert not stops(preemption, 1.5)
+        metadata("NONE")
+        assert not stops(preemption, 2.5)  # So that it is seen: after an unchanged answer a second passes.
+        metadata("TERMINATE_ON_HOST_MAINTENANCE")
+        assert stops(preemption, 20)
+
+
+def test_a_metadata_server_that_does_not_answer_stops_nothing(monkeypatch):
+    monkeypatch.setenv("GCE_METADATA_HOST", "localhost:1")
+    with Preemption() as preemption:
+        assert not stops(preemption, 0.3)
 
 
 LOOP = """

@@ -8,6 +8,8 @@ import threading
 import jax
 from jax.experimental import multihost_utils
 
+from luthier.training import maintenance
+
 log = logging.getLogger(__name__)
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: the same command will succeed if run again.
@@ -22,7 +24,7 @@ class Preempted(Exception):
 
 
 class Preemption:
-    """Notes SIGTERM and the first Ctrl-C, for a loop to stop at after its step.
+    """Notes SIGTERM, the first Ctrl-C and Google Cloud's notice of maintenance, for a loop to stop at after its step.
 
         with Preemption() as preemption:
             for step in ...:
@@ -42,9 +44,12 @@ class Preemption:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT,) if self._agreed else (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._receive)
+        self._notices = maintenance.Notices(self._ask) if maintenance.on_google_cloud() else None
         return self
 
     def __exit__(self, *error) -> None:
+        if self._notices:
+            self._notices.close()
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -62,6 +67,9 @@ class Preemption:
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             log.warning("Stopping after this step; press Ctrl-C again to stop at once.")
+        self._ask()
+
+    def _ask(self) -> None:
         if self._agreed:
             os.kill(os.getpid(), signal.SIGTERM)
         else:
