@@ -34,11 +34,14 @@ def one_process(tmp_path_factory):
     return folder, config, tiny_run.losses(folder / "one")
 
 
-# To compile once, the same processes run both: the second is the one to be killed.
+# To compile once, the same processes run both: the second is the one to be killed. Of the first each process writes
+# down which rows it read.
 TWICE = """
-import sys
+import json, sys
+import jax
 import luthier.training.run as run
 from luthier.cli import main as cli
+from luthier.data.rows import Batches
 
 compile_step, compiled = run.jit_step, []
 
@@ -47,9 +50,18 @@ def jit_step(step, state, platform):
     return compiled[0]
 
 run.jit_step = jit_step
+rows, read = Batches.rows, []
+
+def read_rows(self, step, start=0, stop=None):
+    read.append((step, start, stop))
+    return rows(self, step, start, stop)
+
+Batches.rows = read_rows
 config, *workdirs = sys.argv[1:]
 for workdir in workdirs:
     code = cli.main(["train", f"--config={config}", f"--workdir={workdir}"])
+    with open(f"{workdir}-read-{jax.process_index()}.json", "w") as file:
+        json.dump(read, file)
 sys.exit(code)
 """
 
@@ -81,6 +93,11 @@ def test_kill_nine_of_one_of_four_ends_all_and_the_next_start_ends_in_the_same_b
     assert done.returncode == 0, done.stderr[-4000:]
     assert "going on after step" in done.stderr
     tiny_run.assert_same_run(killed, four)
+
+    for process in range(4):
+        read = json.loads((folder / f"four-read-{process}.json").read_text())
+        assert {step for step, *_ in read} >= set(range(STEPS))
+        assert {tuple(span) for _, *span in read} == {(2 * process, 2 * process + 2)}
 
     records = tiny_run.metrics(four)
     assert [record["step"] for record in records] == list(range(1, STEPS + 1))
