@@ -61,7 +61,8 @@ def test_a_search_lists_what_fits(recipe, libtpu, tmp_path, capsys):
     assert best["fits"] and best["mesh"] != other["mesh"] and best["micro_batches"] == 1
     assert best["bound_seconds"] <= 1.01 * other["bound_seconds"]
     sizes = " ".join(f"--config.mesh.{axis}={size}" for axis, size in best["mesh"].items())
-    assert f"best    {sizes} --config.stages[0].micro_batches=1" in shown.out
+    assert f"best    {sizes} --config.stages[0].micro_batches=1 --config.model.remat=dots" in shown.out
+    assert best["remat"] == "dots"  # memory is plenty, so nothing is multiplied twice
 
 
 def test_what_does_not_fit_is_said(libtpu, capsys):

@@ -1,5 +1,7 @@
 """What a step needs by closed form, held against compiled programs and against runs that others measured."""
 
+import dataclasses
+import functools
 import json
 import pathlib
 import sys
@@ -13,6 +15,7 @@ from luthier import config as configs
 from luthier.models import splash
 from luthier.models.attention import Mask
 from luthier.models.presets import PRESETS, preset
+from luthier.models.remat import POLICIES
 from luthier.parallel import Sharder
 from luthier.training import search
 from luthier.training.aot import CHIPS, GIB, Check, Slice, abstract_step
@@ -51,6 +54,7 @@ def test_an_estimate_is_near_the_compiled_program(compiled):
         tuner=tuner,
         compares=compares,
         makes_logits_twice=tune == "dpo",
+        remat="dots" if "remat=dots" in compiled["name"] else "full",
     )
     generation, _, shape = compiled["topology"].partition(":")
     got = estimate(layers, work, mesh, Slice(shape, 1, CHIPS[generation]))
@@ -129,6 +133,25 @@ def test_flops_of_splash_attention(window):
     assert matmul_flops(trace.jaxpr, kernel_share=share) == pytest.approx(9 * product * share + outside)
 
 
+def test_splash_attention_is_not_computed_again_where_its_results_are_kept():
+    """`dots` keeps what the kernel puts out on a mesh too: 9 products, where `full` has 11."""
+    length, size = 1024, 128
+    sharder = Sharder(jax.make_mesh((1,) * 4, ("data", "fsdp", "tensor", "sequence")))
+    q, k, v = (jax.ShapeDtypeStruct((1, length, 2, size), jnp.bfloat16) for _ in range(3))
+    segments = jnp.ones((1, length), jnp.int32)
+
+    def loss(q, k, v, remat):
+        mask = Mask(None, None, segments, segments, None, plain=True)
+        attend = functools.partial(splash.attend, mask=mask, is_local=None, softcap=None, sharder=sharder)
+        return jax.checkpoint(attend, policy=POLICIES[remat])(q, k, v).astype(jnp.float32).sum()
+
+    product, share = 2 * 2 * length**2 * size, causal_share(length)
+    outside = product / length  # rows of o · do
+    for remat, products in (("dots", 9), ("full", 11)):
+        trace = jax.jit(jax.grad(loss, argnums=(0, 1, 2)), static_argnums=3).trace(q, k, v, remat)
+        assert matmul_flops(trace.jaxpr, kernel_share=share) == pytest.approx(products * product * share + outside)
+
+
 def test_micro_batches_and_other_axes_change_what_they_should():
     """Twice the micro-batches gather twice and keep half the activations; `tensor` halves weights and adds sums."""
     layers = Layers.of(preset("llama3-8b"))
@@ -174,6 +197,31 @@ def test_the_most_promising_are_compiled_first(more, most, order):
     assert [(one.mesh["fsdp"], one.micro_batches) for one, _ in done] == order
     fits = [check.fits for _, check in search.ranked(done)]
     assert fits == sorted(fits, reverse=True)
+
+
+KEPT = [(1, "dots", 20, 0.8), (2, "dots", 15, 0.8), (1, "full", 12, 1.0), (2, "full", 10, 1.0)]
+
+
+@pytest.mark.parametrize(
+    "more, order",
+    [
+        (1.0, [(2, "dots")]),  # as estimated: it fits, and nothing else on this mesh is faster
+        (1.2, [(2, "dots"), (1, "full")]),  # 15 GiB are refused, and with them 20
+        (1.5, [(2, "dots"), (1, "full"), (2, "full")]),
+    ],
+)
+def test_what_a_search_compiles_of_rematerialisation(more, order):
+    def compiled(one):
+        peak = int(more * one.estimate.peak)
+        return Check(
+            "v5e:4x4", one.mesh, 1, one.micro_batches, 0.0, one.capacity, 1.0, peak, bounds=one.estimate.bounds
+        )
+
+    asked = [
+        dataclasses.replace(candidate(16, count, gib, seconds), remat=remat) for count, remat, gib, seconds in KEPT
+    ]
+    done = [one for one, _ in search.in_order(asked, compiled, most=9)]
+    assert [(one.micro_batches, one.remat) for one in done] == order
 
 
 def test_every_mesh_once():

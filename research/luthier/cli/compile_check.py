@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const=6,
         metavar="N",
-        help="list meshes and micro-batches that fit, best bound first; compiles the N most promising (%(const)s)",
+        help="list what fits of meshes, micro-batches and remat, best bound first; compiles N likeliest (%(const)s)",
     )
     parser.add_argument("--prices", metavar="FILE.json", help='dollars a chip and hour, such as {"v5e": 1.2}')
     parser.add_argument("--out", metavar="FILE.json", help="write the figures here too")
@@ -86,12 +86,12 @@ def _search(args: argparse.Namespace, recipe, about, prices) -> int:
     from luthier.training import aot, search
 
     def compiled(one):
-        changed = search.changed(recipe, args.stage, one.mesh, one.micro_batches)
+        changed = search.changed(recipe, args.stage, one.mesh, one.micro_batches, one.remat)
         return aot.check(changed, **about, prices=prices)
 
     found = search.candidates(recipe, **about)
     most, meshes = min(args.search, len(found)), len({tuple(one.mesh.values()) for one in found})
-    print(f"{meshes} meshes divide this recipe over {args.topology}, {len(found)} with their micro-batches")
+    print(f"{meshes} meshes divide this recipe over {args.topology}, {len(found)} ways with micro-batches and remat")
     print(f"compiling at most {most}: seconds each for millions of weights, minutes for billions", flush=True)
     done = []
     try:
@@ -171,15 +171,15 @@ def _comparison(args: argparse.Namespace, done):
     from rich.table import Table
 
     table = Table("mesh", title=f"{args.topology}, {done[0][1].tokens:,} tokens a step", title_style="bold")
-    for heading in ("micro-batches", "peak GiB", "fits", "bound s", "by", "MFU", "received GB"):
-        table.add_column(heading, justify="left" if heading in ("fits", "by") else "right")
+    for heading in ("micro-batches", "remat", "peak GiB", "fits", "bound s", "by", "MFU", "received GB"):
+        table.add_column(heading, justify="left" if heading in ("remat", "fits", "by") else "right")
     for _, check in done:
         table.add_row(*_cells(check))
     return table
 
 
 def _cells(check) -> list[str]:
-    start = [_mesh(check), str(check.micro_batches)]
+    start = [_mesh(check), str(check.micro_batches), check.remat]
     if check.peak is None:
         return [*start, "–", f"no: {check.refusal}"]
     received = "unavailable"
@@ -192,7 +192,7 @@ def _cells(check) -> list[str]:
 
 def _line(check) -> str:
     """One result, as it comes."""
-    what = f"{_mesh(check)}, {check.micro_batches} micro-batch{'es' if check.micro_batches > 1 else ''}"
+    what = f"{_mesh(check)}, {check.micro_batches} micro-batch{'es' if check.micro_batches > 1 else ''}, {check.remat}"
     if not check.fits:
         return f"  {what}: does not fit, {check.refusal or f'{check.peak / 2**30:.2f} GiB'}"
     return f"  {what}: {check.peak / 2**30:.2f} GiB, bound {check.seconds:.3g} s"

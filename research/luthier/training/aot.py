@@ -125,6 +125,7 @@ class Check:
       collectives: None where the program's text can't be had.
       bounds: {what: seconds} that a step needs at least.
       price: dollars a chip and hour.
+      remat: as `model.remat`.
     """
 
     topology: str
@@ -144,6 +145,7 @@ class Check:
     collectives: tuple[Collective, ...] | None = None
     bounds: Mapping[str, float] = dataclasses.field(default_factory=dict)
     price: float = 0.0
+    remat: str = ""
 
     @property
     def fits(self) -> bool:
@@ -196,6 +198,7 @@ def check(
         capacity=place.chip.capacity,
         peak_flops=place.chip.flops,
         held=_held(*arguments),
+        remat=config.model.remat,
     )
     try:
         compiled = traced.lower().compile()

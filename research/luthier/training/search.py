@@ -1,4 +1,4 @@
-"""Which meshes and micro-batches of a slice fit a recipe: estimated all, compiled a few, the most promising first."""
+"""Which meshes, micro-batches and remat of a slice fit a recipe: estimated all, compiled the most promising."""
 
 import dataclasses
 import functools
@@ -19,21 +19,25 @@ from luthier.training.run import config_sharder, make_model
 from luthier.training.stages import resolve_stages
 from luthier.training.step import check_batch
 
+# Those that keep more come later. `none` computes no less than `dots`, and keeps more.
+REMATS = ("full", "dots")
+
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A mesh over all chips of a slice, a number of micro-batches, and what they should need of a chip's capacity."""
+    """A mesh over all chips of a slice, micro-batches and remat, and what they should need of a chip's capacity."""
 
     mesh: Mapping[str, int]
     micro_batches: int
     estimate: Estimate
     capacity: float
+    remat: str = "full"
 
 
 def candidates(
     config: ConfigDict, shape: ModelConfig, topology: str, *, stage: int = 0, weights_dtype: str = "bfloat16"
 ) -> list[Candidate]:
-    """Every mesh that divides heads, rows and time, with every number of micro-batches that divides the rows.
+    """Every mesh that divides heads, rows and time, with all micro-batches that divide the rows, and `REMATS`.
 
     Raises:
       LuthierError: if there is none.
@@ -48,10 +52,15 @@ def candidates(
             mend="Use a stage.batch_size that more of the chips divide",
         )
     layers, work = Layers.of(shape), work_of(config, shape, place.devices, stage, weights_dtype)
+
+    def needs(mesh: Mapping[str, int], count: int, remat: str) -> Estimate:
+        return estimate(layers, dataclasses.replace(work, remat=remat), mesh, place, micro_batches=count)
+
     return [
-        Candidate(mesh, count, estimate(layers, work, mesh, place, micro_batches=count), place.chip.capacity)
+        Candidate(mesh, count, needs(mesh, count, remat), place.chip.capacity, remat)
         for mesh in served
         for count in divisors(chosen.batch_size // (mesh["data"] * mesh["fsdp"]))
+        for remat in REMATS
     ]
 
 
@@ -60,8 +69,9 @@ def in_order(
 ) -> Iterator[tuple[Candidate, aot.Check]]:
     """Compiles candidates, those that should fit with the best bound first, and yields each as it is done.
 
-    Of a mesh that fits, larger numbers of micro-batches are left out; of one that does not, smaller ones, and
-    candidates that should need as much memory wait. Ends early where something fits and nothing left should.
+    Of a mesh that fits, what has no better bound is left out; of one that does not, what keeps as much (no more
+    micro-batches, nothing else computed again), and candidates that should need as much memory wait. Ends early where
+    something fits and nothing left should.
 
     Args:
       most: compilations.
@@ -77,9 +87,14 @@ def in_order(
         fits |= check.fits
         if not check.fits:
             capacity = min(capacity, one.estimate.peak)
-        left = [
-            other for other in left if other.mesh != one.mesh or (other.micro_batches < one.micro_batches) == check.fits
-        ]
+        left = [other for other in left if other.mesh != one.mesh or not _settled(other, one, check.fits)]
+
+
+def _settled(other: Candidate, one: Candidate, fits: bool) -> bool:
+    """Whether what became of `one` answers for `other` on the same mesh."""
+    if fits:
+        return _rounded(other.estimate.seconds) >= _rounded(one.estimate.seconds)
+    return other.micro_batches <= one.micro_batches and REMATS.index(other.remat) >= REMATS.index(one.remat)
 
 
 def ranked(done: Sequence[tuple[Candidate, aot.Check]]) -> list[tuple[Candidate, aot.Check]]:
@@ -95,18 +110,22 @@ def ranked(done: Sequence[tuple[Candidate, aot.Check]]) -> list[tuple[Candidate,
     return sorted(done, key=key)
 
 
-def changed(config: ConfigDict, stage: int, mesh: Mapping[str, int], micro_batches: int) -> ConfigDict:
+def changed(
+    config: ConfigDict, stage: int, mesh: Mapping[str, int], micro_batches: int, remat: str | None = None
+) -> ConfigDict:
     """The recipe on another mesh."""
     other = configs.from_json(configs.to_json(config))
     other.mesh.update(mesh)
     other.stages[stage].micro_batches = micro_batches
+    other.model.remat = remat or config.model.remat
     return other
 
 
 def words(candidate: Candidate, stage: int = 0) -> str:
     """What makes a recipe such a one on the command line."""
     sizes = [f"--config.mesh.{axis}={size}" for axis, size in candidate.mesh.items()]
-    return " ".join([*sizes, f"--config.stages[{stage}].micro_batches={candidate.micro_batches}"])
+    sizes += [f"--config.stages[{stage}].micro_batches={candidate.micro_batches}"]
+    return " ".join([*sizes, f"--config.model.remat={candidate.remat}"])
 
 
 def meshes(chips: int) -> Iterator[dict[str, int]]:
@@ -159,7 +178,8 @@ def _promise(one: Candidate, capacity: float) -> tuple:
     peak, bounds = one.estimate.peak, one.estimate.bounds
     if peak >= capacity:
         return (1, peak, one.micro_batches)
-    return (0, _rounded(one.estimate.seconds), one.micro_batches, bounds.get("network", 0.0), peak)
+    computes = _rounded(bounds["compute"])
+    return (0, _rounded(one.estimate.seconds), one.micro_batches, computes, bounds.get("network", 0.0), peak)
 
 
 def _rounded(seconds: float) -> float:
