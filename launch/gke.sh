@@ -1,18 +1,27 @@
 #!/usr/bin/env bash
-# Prints the Kubernetes manifest of a run on a TPU slice of GKE: a pod a host, started again where it was preempted.
+# Prints the Kubernetes manifest of a run on TPU slices of GKE: a JobSet, as xpk's workloads are, of a pod a host.
 #
 #   GKE_IMAGE=REGION-docker.pkg.dev/PROJECT/luthier:TAG GKE_ACCELERATOR=tpu-v5-lite-podslice GKE_TOPOLOGY=4x4 \
 #     bash launch/gke.sh NAME HOSTS -- luthier train --config=… --workdir=gs://bucket/run | kubectl apply -f -
 #
-# GKE_CHIPS is the number of chips a host (default 4). The same image and command go to xpk:
-#   xpk workload create --workload=NAME --tpu-type=v5litepod-16 --docker-image=$GKE_IMAGE --command='luthier train …'
+# HOSTS       hosts of a slice
+# GKE_CHIPS   chips of a host (default 4)
+# GKE_SLICES  slices, each a node pool (default 1)
+# GKE_QUEUE   the queue of Kueue that it waits in: multislice-queue on a cluster made by xpk, none by default
+#
+# The cluster needs JobSet (https://jobset.sigs.k8s.io), which one made by xpk has. Where a host is taken away or a
+# run stops with 75, all pods start again together and go on; a mistake (1 or 2) ends the run. xpk itself takes the
+# same image and command:
+#   xpk workload create --workload=NAME --tpu-type=v5litepod-16 --docker-image=$GKE_IMAGE --max-restarts=1000 \
+#     --restart-on-exit-codes=75 --command='luthier train …'
 set -euo pipefail
 
 fail() { echo "launch/gke.sh: error: $1" >&2; exit 2; }
 
-name="${1:-}" hosts="${2:-}"
+name="${1:-}" hosts="${2:-}" slices="${GKE_SLICES:-1}"
 [[ "$name" =~ ^[a-z][a-z0-9-]*$ ]] || fail "NAME must be lower-case letters, digits and dashes, got '$name'"
 [[ "$hosts" =~ ^[1-9][0-9]*$ ]] || fail "HOSTS must be a number, got '$hosts'"
+[[ "$slices" =~ ^[1-9][0-9]*$ ]] || fail "GKE_SLICES must be a number, got '$slices'"
 [[ "${3:-}" == "--" && $# -gt 3 ]] || fail "write the command after NAME HOSTS --"
 shift 3
 [[ -n "${GKE_IMAGE:-}" ]] || fail "no image: set GKE_IMAGE to one with Luthier in it"
@@ -24,65 +33,57 @@ quoted() { printf "'%s'" "${1//\'/\'\'}"; }
 
 words=""
 for word in "$@"; do words+="
-            - $(quoted "$word")"; done
-addresses=""
-for ((host = 0; host < hosts; host++)); do addresses+="${addresses:+,}$name-$host.$name"; done
+                    - $(quoted "$word")"; done
+queue=""
+if [[ -n "${GKE_QUEUE:-}" ]]; then queue="
+  labels:
+    kueue.x-k8s.io/queue-name: $(quoted "$GKE_QUEUE")"; fi
 
 cat << YAML
-apiVersion: v1
-kind: Service
+apiVersion: jobset.x-k8s.io/v1alpha2
+kind: JobSet
 metadata:
-  name: $name
+  name: $name$queue
+  annotations:
+    alpha.jobset.sigs.k8s.io/exclusive-topology: cloud.google.com/gke-nodepool
 spec:
-  clusterIP: None
-  selector:
-    job-name: $name
----
-apiVersion: batch/v1
-kind: Job
-metadata:
-  name: $name
-spec:
-  completionMode: Indexed
-  completions: $hosts
-  parallelism: $hosts
-  backoffLimit: 1000
-  podFailurePolicy:
+  failurePolicy:
+    maxRestarts: 1000
     rules:
-      - action: Ignore
-        onPodConditions:
-          - type: DisruptionTarget
-            status: "True"
-      - action: Count
-        onExitCodes:
-          operator: In
-          values: [75]
-      - action: FailJob
-        onExitCodes:
-          operator: In
-          values: [1, 2]
-  template:
-    spec:
-      subdomain: $name
-      restartPolicy: Never
-      terminationGracePeriodSeconds: 120
-      nodeSelector:
-        cloud.google.com/gke-tpu-accelerator: $(quoted "$GKE_ACCELERATOR")
-        cloud.google.com/gke-tpu-topology: $(quoted "$GKE_TOPOLOGY")
-      containers:
-        - name: luthier
-          image: $(quoted "$GKE_IMAGE")
-          command:$words
-          env:
-            - name: TPU_WORKER_HOSTNAMES
-              value: $(quoted "$addresses")
-            - name: TPU_WORKER_ID
-              valueFrom:
-                fieldRef:
-                  fieldPath: metadata.annotations['batch.kubernetes.io/job-completion-index']
-          resources:
-            requests:
-              google.com/tpu: ${GKE_CHIPS:-4}
-            limits:
-              google.com/tpu: ${GKE_CHIPS:-4}
+      - name: mistake
+        action: FailJobSet
+        onJobFailureReasons: [PodFailurePolicy]
+  replicatedJobs:
+    - name: slice
+      replicas: $slices
+      template:
+        spec:
+          completionMode: Indexed
+          completions: $hosts
+          parallelism: $hosts
+          backoffLimit: 0
+          podFailurePolicy:
+            rules:
+              - action: FailJob
+                onExitCodes:
+                  operator: In
+                  values: [1, 2]
+          template:
+            spec:
+              restartPolicy: Never
+              terminationGracePeriodSeconds: 120
+              hostNetwork: true
+              dnsPolicy: ClusterFirstWithHostNet
+              nodeSelector:
+                cloud.google.com/gke-tpu-accelerator: $(quoted "$GKE_ACCELERATOR")
+                cloud.google.com/gke-tpu-topology: $(quoted "$GKE_TOPOLOGY")
+              containers:
+                - name: luthier
+                  image: $(quoted "$GKE_IMAGE")
+                  command:$words
+                  resources:
+                    requests:
+                      google.com/tpu: ${GKE_CHIPS:-4}
+                    limits:
+                      google.com/tpu: ${GKE_CHIPS:-4}
 YAML

@@ -43,6 +43,7 @@ from luthier.tuners.reward_head import reward_head
 
 MESHES = [(8, 1, 1, 1), (1, 1, 1, 8), (1, 8, 1, 1), (2, 2, 2, 1), (1, 4, 1, 2), (1, 2, 2, 2), (2, 4, 1, 1)]
 AXES = [("embed", "heads"), ("heads", "embed"), ("embed", "mlp"), ("mlp", "embed"), ("embed", None), (None, "embed")]
+AXES += [(("mlp", "embed"), None), (None, ("heads", "embed"))]
 
 
 def sharder(sizes):
@@ -85,9 +86,10 @@ def products():
 
 def scatters():
     """A sum in stages along the lines of a torus, tile by tile, gives each device the part that one stage gives it."""
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((8, 128, 256)), jnp.float32)
     mesh = make_mesh(data=1, fsdp=8)
-    for sizes, in_tiles in itertools.product([(8,), (2, 4), (4, 2), (2, 2, 2)], [False, True]):
+    lines, shapes = [(8,), (2, 4), (4, 2), (2, 2, 2)], [(128, 256), (1024, 8), (8, 1024)]
+    for sizes, in_tiles, shape in itertools.product(lines, [False, True], shapes):
+        x = jnp.asarray(np.random.default_rng(0).standard_normal((8, *shape)), jnp.float32)
         for dimension, spec in [(0, P("fsdp")), (1, P(None, "fsdp"))]:
 
             def run(x, sizes=sizes, in_tiles=in_tiles, dimension=dimension):
@@ -165,9 +167,7 @@ def _steps(method):
         (state_in, frozen_in, _), _ = compiled.input_shardings
         parts = s.size("fsdp") * s.size("sequence")
         state, frozen, _ = arguments
-        walked = [(state, state_in), (state, compiled.output_shardings[0])]
-        # Of a LoRA the second matrix lies whole on the chips of `fsdp`.
-        for of, found in [(frozen, frozen_in)] if method == "lora" else walked:
+        for of, found in [(state, state_in), (state, compiled.output_shardings[0]), (frozen, frozen_in)]:
             for leaf, where in zip(jax.tree.leaves(of), jax.tree.leaves(found), strict=True):
                 if leaf.size > 1000:
                     assert math.prod(where.shard_shape(leaf.shape)) <= leaf.size // parts, (sizes, leaf, where)

@@ -9,6 +9,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from luthier.training.signals import EXIT_PREEMPTED
+
 LAUNCH = pathlib.Path(__file__).parent.parent / "launch"
 TRAIN = ("--", "luthier", "train", "--config=it's.py", "--config.stages[0].steps=3")
 TPU = {"TPU_ZONE": "us-west4-a", "TPU_TYPE": "v5litepod-16", "TPU_IMAGE": "v2-alpha-tpuv5-lite"}
@@ -41,6 +43,7 @@ def test_shellcheck_finds_nothing():
         ("gke.sh", ("run", "2", *TRAIN), {**GKE, "GKE_ACCELERATOR": ""}, "set GKE_ACCELERATOR"),
         ("gke.sh", ("run", "2", *TRAIN), {**GKE, "GKE_TOPOLOGY": ""}, "set GKE_TOPOLOGY"),
         ("gke.sh", ("run", "two", *TRAIN), GKE, "HOSTS must be"),
+        ("gke.sh", ("run", "2", *TRAIN), {**GKE, "GKE_SLICES": "two"}, "GKE_SLICES must be"),
         ("slurm.sh", TRAIN[1:], {}, "start it with sbatch"),
         ("slurm.sh", (), {}, "give the command"),
         ("local.sh", ("none", *TRAIN), {}, "PROCESSES must be"),
@@ -62,14 +65,24 @@ def test_dry_runs_show_every_command():
     assert len(lines) == 2 and "JAX_PROCESS_ID=1" in lines[1] and "device_count=4" in lines[1]
 
 
-def test_gke_manifest_is_kubernetes():
-    service, job = yaml.safe_load_all(launch("gke.sh", "run", "2", *TRAIN, **GKE).stdout)
-    for resource in (service, job):
-        kubernetes_validate.validate(resource, "1.31", strict=True)
+def test_gke_manifest_is_a_jobset():
+    """The jobs in it are Kubernetes' own; JobSet's fields are those of its published schema, v1alpha2."""
+    (whole,) = yaml.safe_load_all(launch("gke.sh", "run", "2", *TRAIN, **GKE, GKE_SLICES="3", GKE_QUEUE="q").stdout)
+    assert (whole["apiVersion"], whole["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    assert whole["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "q"}
+    assert set(whole["spec"]) == {"failurePolicy", "replicatedJobs"}
+    (slices,) = whole["spec"]["replicatedJobs"]
+    assert set(slices) == {"name", "replicas", "template"} and slices["replicas"] == 3
+    job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "run"}, "spec": slices["template"]["spec"]}
+    kubernetes_validate.validate(job, "1.31", strict=True)
     pod = job["spec"]["template"]["spec"]
+    assert job["spec"]["completions"] == job["spec"]["parallelism"] == 2
     assert pod["containers"][0]["command"] == list(TRAIN[1:])
     assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == "4x4"
-    assert {"name": "TPU_WORKER_HOSTNAMES", "value": "run-0.run,run-1.run"} in pod["containers"][0]["env"]
+    (mistake,) = whole["spec"]["failurePolicy"]["rules"]
+    assert mistake["action"] == "FailJobSet" and mistake["onJobFailureReasons"] == ["PodFailurePolicy"]
+    ends = job["spec"]["podFailurePolicy"]["rules"][0]["onExitCodes"]
+    assert EXIT_PREEMPTED not in ends["values"] and 2 in ends["values"]
 
 
 # What process N does, and what the launcher makes of it. That the processes train: test_processes.py.

@@ -30,6 +30,8 @@ def test_on_eight_devices(check, tmp_path):
         ("v5e:8x8", (14336, 4096), (None, "fsdp")),  # parts of 64 columns
         ("v5e:8x8", (4096, 128256), ("fsdp", None)),  # 1002 registers wide
         ("v5e:16x16", (4096, 4096), (None, "fsdp")),
+        ("v5e:8x8", (28672, 16), ("fsdp", None)),  # of a LoRA
+        ("v5e:8x8", (16, 28672), (None, "fsdp")),
     ],
 )
 def test_a_gradient_is_scattered_on_tpus(topology, shape, spec):

@@ -140,8 +140,9 @@ def attend(
     if backend == "cudnn":
         if softcap is not None:
             raise LuthierError("attention='cudnn' has no soft cap", where="model.attention", mend="Use 'xla'")
-        dense = mask.dense(is_local)
-        return jax.nn.dot_product_attention(q, k, v, mask=dense, scale=1.0, implementation="cudnn")
+        # The kernel skips what is above the diagonal, where a plain mask lets nobody look.
+        options = {"mask": mask.dense(is_local), "is_causal": mask.plain, "scale": 1.0}
+        return jax.nn.dot_product_attention(q, k, v, **options, implementation="cudnn")
     raise LuthierError(f"unknown attention {backend!r}", where="model.attention", mend=f"Known: {', '.join(BACKENDS)}")
 
 

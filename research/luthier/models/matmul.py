@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from luthier.parallel import BATCH_AXES, Sharder, spread, sum_parts
+from luthier.parallel import BATCH_AXES, Axis, Sharder, spread, sum_parts
 
 ROW_AXES = (*BATCH_AXES, "sequence")
 ROW_DIMENSION = {"data": 0, "fsdp": 0, "sequence": 1}  # of `[B, T]`
@@ -25,7 +25,7 @@ def matmul(
     x: Float[Array, "*rows i"],
     w: Float[Array, "i o"],
     sharder: Sharder,
-    axes: tuple[str | None, str | None],
+    axes: tuple[Axis, Axis],
 ) -> Float[Array, "*rows o"]:
     """x W in the dtype of x.
 
@@ -39,7 +39,7 @@ def matmul(
 
     def product(x, w):
         y = x @ _gathered(w, x.dtype, w_spec)
-        return jax.lax.psum(y, "tensor") if w_spec[0] == "tensor" else y
+        return jax.lax.psum(y, "tensor") if "tensor" in spread(w_spec[0]) else y
 
     return _on_mesh(product, sharder, (x_spec, w_spec), y_spec)(x, w)
 
@@ -62,7 +62,7 @@ def _backward(sharder, axes, kept, g):
 
     def of_x(g, w):
         dx = g @ _gathered(w, g.dtype, w_spec).T
-        return jax.lax.psum(dx, "tensor") if w_spec[1] == "tensor" else dx
+        return jax.lax.psum(dx, "tensor") if "tensor" in spread(w_spec[1]) else dx
 
     def of_w(x, g):
         dw = _contract_rows(x, g, jnp.promote_types(x.dtype, jnp.float32))
@@ -122,7 +122,7 @@ def _layout(rows_shape, w_shape, sharder: Sharder, axes) -> tuple[P, P, P] | Non
     rows, w_spec = _rows(sharder, rows_shape), sharder.spec(axes, w_shape)
     if rows is None or not _served(w_spec):
         return None
-    of_rows = lambda part: P(*rows, part if part == "tensor" else None)  # noqa: E731
+    of_rows = lambda part: P(*rows, "tensor" if "tensor" in spread(part) else None)  # noqa: E731
     return of_rows(w_spec[0]), w_spec, of_rows(w_spec[1])
 
 
@@ -135,8 +135,14 @@ def _rows(sharder: Sharder, shape) -> P | None:
 
 
 def _served(spec: P) -> bool:
-    """A dimension of the weight is split over `tensor` alone, or over axes of the rows."""
-    return all(part == "tensor" or set(spread(part)) <= set(ROW_AXES) for part in spec)
+    """A dimension of the weight is split over `tensor`, and within its parts over axes of the rows."""
+    return all(set(_within_tensor(part)) <= set(ROW_AXES) for part in spec)
+
+
+def _within_tensor(part) -> tuple[str, ...]:
+    """The mesh axes of a dimension but for `tensor` before them."""
+    axes = spread(part)
+    return axes[1:] if axes[:1] == ("tensor",) else axes
 
 
 def _axes(spec: P) -> set[str]:
@@ -151,6 +157,6 @@ def _gathered(w, dtype, spec: P):
     """The weight in the dtype of its product, whole but for `tensor`."""
     w = w.astype(dtype)
     for dimension, part in enumerate(spec):
-        if part is not None and part != "tensor":
-            w = jax.lax.all_gather(w, part, axis=dimension, tiled=True)
+        if axes := _within_tensor(part):
+            w = jax.lax.all_gather(w, axes, axis=dimension, tiled=True)
     return w

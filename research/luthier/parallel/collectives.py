@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from luthier.parallel.sharding import Sharder
+from luthier.parallel.sharding import Sharder, spread
 
 
 def sum_parts(x: jax.Array, axes: tuple[str, ...], spec: P, sharder: Sharder) -> jax.Array:
@@ -34,11 +34,16 @@ def reduce_scatter(
 
     Args:
       sizes: of the lines of the torus that the axis runs through (`Sharder.torus`).
-      in_tiles: a matrix goes as the rows of 128 that it is in a TPU's memory, tile by tile.
+      in_tiles: a matrix goes as the rows of 128 that it is in a TPU's memory, tile by tile, and one of fewer than 128
+        columns row after row, without what pads them to 128.
     """
     x = jnp.moveaxis(x, dimension, 0)
     parts, shape = int(np.prod(sizes)), x.shape
-    in_tiles &= x.ndim == 2 and x.dtype.itemsize == 4 and shape[0] % (8 * parts) == 0 and shape[1] % 128 == 0
+    in_tiles &= x.ndim == 2 and x.dtype.itemsize == 4 and shape[0] % parts == 0
+    narrow = in_tiles and shape[1] < 128 and x.size % (8 * 128 * parts) == 0
+    in_tiles &= shape[0] % (8 * parts) == 0 and shape[1] % 128 == 0
+    if narrow:
+        x = x.reshape(-1, 128)
     if in_tiles:
         x = x.reshape(shape[0] // 8, 8, shape[1] // 128, 128).swapaxes(1, 2).reshape(-1, 128)
     ids = np.arange(parts).reshape(sizes)
@@ -46,10 +51,5 @@ def reduce_scatter(
         groups = np.moveaxis(ids, line, -1).reshape(-1, sizes[line]).tolist() if len(sizes) > 1 else None
         x = jax.lax.psum_scatter(x, axis, scatter_dimension=0, tiled=True, axis_index_groups=groups)
     if in_tiles:
-        x = x.reshape(-1, shape[1] // 128, 8, 128).swapaxes(1, 2).reshape(-1, shape[1])
-    return jnp.moveaxis(x, 0, dimension)
-
-
-def spread(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """The mesh axes of one dimension of a `PartitionSpec`, the outermost first."""
-    return () if part is None else (part,) if isinstance(part, str) else part
+        x = x.reshape(-1, shape[1] // 128, 8, 128).swapaxes(1, 2)
+    return jnp.moveaxis(x.reshape(shape[0] // parts, *shape[1:]), 0, dimension)

@@ -13,6 +13,7 @@ from luthier.errors import LuthierError, near
 from luthier.parallel.mesh import AXES, torus_sizes
 
 BATCH_AXES = ("data", "fsdp")
+Axis = str | tuple[str, ...] | None  # what a dimension is, by name
 
 RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("batch", BATCH_AXES),
@@ -30,7 +31,8 @@ class Sharder:
     """A mesh and the rules that map logical axes to it; without a mesh it leaves arrays alone.
 
     An axis is split over as many of its rule's mesh axes as divide it evenly (attention axes: by whole
-    heads), first to last; a mesh axis serves the first logical axis of an array that asks for it.
+    heads), first to last; a mesh axis serves the first logical axis of an array that asks for it. An axis
+    of several names, such as ("mlp", "embed"), is split by the rule of each, one within the other.
 
     Attributes:
       units: indivisible counts of flattened axes, such as ("heads", 9).
@@ -52,21 +54,25 @@ class Sharder:
         """Sizes of the lines of the torus that a mesh axis runs through, outermost first."""
         return torus_sizes(self.mesh, axis)
 
-    def spec(self, axes: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
+    def spec(self, axes: Sequence[Axis], shape: Sequence[int]) -> PartitionSpec:
         """Where each dimension of an array with these logical axes goes."""
         rules, units, used, parts = dict(reversed(self.rules)), dict(self.units), set(), []
-        for axis, size in zip(axes, shape):
-            wanted = tuple(m for m in rules.get(axis, ()) if m not in used and self.mesh.shape[m] > 1)
-            while math.gcd(units.get(axis, size), size) % math.prod(self.mesh.shape[m] for m in wanted):
-                wanted = wanted[:-1]
-            used.update(wanted)
-            parts.append(wanted if len(wanted) > 1 else wanted[0] if wanted else None)
+        for names, size in zip(axes, shape):
+            part = ()
+            for name in spread(names):
+                wanted = tuple(m for m in rules.get(name, ()) if m not in used and self.mesh.shape[m] > 1)
+                while math.gcd(units.get(name, size), size) % math.prod(self.mesh.shape[m] for m in wanted):
+                    wanted = wanted[:-1]
+                used.update(wanted)
+                part += wanted
+                size //= math.prod(self.mesh.shape[m] for m in wanted)
+            parts.append(part if len(part) > 1 else part[0] if part else None)
         return PartitionSpec(*parts)
 
-    def sharding(self, axes: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:
+    def sharding(self, axes: Sequence[Axis], shape: Sequence[int]) -> NamedSharding:
         return NamedSharding(self.mesh, self.spec(axes, shape))
 
-    def __call__(self, x: jax.Array, *axes: str | None) -> jax.Array:
+    def __call__(self, x: jax.Array, *axes: Axis) -> jax.Array:
         """Constrains an activation with these logical axes."""
         if self.mesh is None or self.mesh.size == 1:
             return x
@@ -118,6 +124,11 @@ def _normal(rules: Sequence[tuple]) -> tuple[tuple[str, tuple[str, ...]], ...]:
                 raise LuthierError(f"unknown mesh axis {axis!r}", where="mesh.rules", mend=near(axis, AXES))
         normal.append((logical, target))
     return tuple(normal)
+
+
+def spread(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The names of one dimension of a `PartitionSpec` or of logical axes, the outermost first."""
+    return () if part is None else (part,) if isinstance(part, str) else part
 
 
 def place(tree: Mapping, shardings: Mapping) -> Mapping:

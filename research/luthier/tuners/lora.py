@@ -51,10 +51,10 @@ def lora(
 
     def transform(site: Linear, call, args, kwargs):
         (x,) = args
-        a_init = nn.with_partitioning(
-            nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"), (site.in_axis, None)
-        )
-        b_init = nn.with_partitioning(nn.initializers.zeros, (None, site.out_axis))
+        # The long side of either is split as the map's is, and within that as weights are over `fsdp`.
+        a_axes, b_axes = ((site.in_axis, "embed"), None), (None, (site.out_axis, "embed"))
+        a_init = nn.with_partitioning(nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"), a_axes)
+        b_init = nn.with_partitioning(nn.initializers.zeros, b_axes)
         rng = site.make_rng("params") if site.is_initializing() else None
         a = site.variable(collection, "a", a_init, rng, (x.shape[-1], rank)).value
         b = site.variable(collection, "b", b_init, rng, (rank, site.features)).value
@@ -62,8 +62,8 @@ def lora(
             a0 = site.variable(beginning, "a", a_init, rng, a.shape).value
             b0 = site.variable(beginning, "b", b_init, rng, b.shape).value
             a, b = _difference(a, b, a0, b0)
-        low = scale * saved(matmul(x, a, site.sharder, (site.in_axis, None)))
-        y, update = call(*args, **kwargs), matmul(low, b, site.sharder, (None, site.out_axis))
+        low = scale * saved(matmul(x, a, site.sharder, a_axes))
+        y, update = call(*args, **kwargs), matmul(low, b, site.sharder, b_axes)
         if not dora:
             return y + update
         m_init = nn.with_partitioning(nn.initializers.ones, (site.out_axis,))
