@@ -89,7 +89,7 @@ PEERS = {
             *("cloud-accelerator-diagnostics", "psutil", "pathwaysutils", "omegaconf", "huggingface-hub", "sympy"),
             *("requests", "jinja2", "tensorflow-cpu", "tensorflow-datasets", "tensorboardx", "sentencepiece"),
             *("transformers", "datasets", "chex", "google-cloud-storage", "ml-goodput-measurement", "gcsfs"),
-            *("google-cloud-mldiagnostics", "tiktoken"),
+            *("google-cloud-mldiagnostics", "tiktoken", "drjax", "pillow", "ml-collections"),
         ),
         ("maxtext", "jax", "jaxlib", "flax", "optax"),
     ),

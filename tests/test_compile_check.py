@@ -39,9 +39,10 @@ def test_a_step_for_four_chips(recipe, libtpu, tmp_path, capsys):
     record = json.loads(out.read_text())
     assert record["fits"] and 0 < record["peak"] < 2**30
     assert record["bound_seconds"] == max(record["bounds"].values())
-    # What a chip holds, by kind: the compiler's count of all arguments, but for padding and steps.
+    # What a chip holds, by kind: the compiler's count of all arguments, but for steps and padding (a LoRA's parts are
+    # narrower here than a register).
     held = record["held"]
-    assert sum(held.values()) == pytest.approx(record["arguments"], rel=0.05)
+    assert sum(held.values()) == pytest.approx(record["arguments"], rel=0.1 if "frozen weights" in held else 0.05)
     assert held.keys() - {"frozen weights"} == {"trained weights", "optimizer state", "batch"}
     # A first moment in bfloat16 and a second in float32, of the float32 weights.
     assert held["optimizer state"] == pytest.approx(1.5 * held["trained weights"], rel=0.001)
