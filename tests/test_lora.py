@@ -153,8 +153,9 @@ def test_our_adapter_directory_loads_in_peft(name, tmp_path):
     options = {"rank": 4, "alpha": 8.0, "rslora": name == "rslora"}
     weights.write_adapter(tmp_path / "ours", weights.Adapter("lora", options, c.variables["lora"]), base=str(base))
     tokens, logits = torch.tensor(c.expected["tokens"], dtype=torch.long), []
+    plain = {"dtype": torch.float32, "attn_implementation": "eager"}
     for directory in (hf_layout.GOLDENS / "peft_lora" / name, tmp_path / "ours"):
-        model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
+        model = transformers.AutoModelForCausalLM.from_pretrained(base, **plain)
         model = peft.PeftModel.from_pretrained(model, directory).eval()
         with torch.no_grad():
             logits.append(model(tokens).logits.numpy())
